@@ -1,0 +1,20 @@
+# Finds the CUTLASS headers: FWPKM_CUTLASS_INCLUDE, or those that the Python package nvidia-cutlass carries. They are
+# required only when FWPKM_CUTLASS_SOURCES or FWPKM_SM90_SOURCES names a file.
+set(FWPKM_CUTLASS_VERSION "")
+if(NOT FWPKM_CUTLASS_INCLUDE)
+  fwpkm_python_package(_dir cutlass_library)
+  if(_dir)
+    set(FWPKM_CUTLASS_INCLUDE ${_dir}/source/include)
+  endif()
+endif()
+set(_header ${FWPKM_CUTLASS_INCLUDE}/cutlass/version.h)
+if(FWPKM_CUTLASS_INCLUDE AND EXISTS ${_header})
+  file(STRINGS ${_header} _lines REGEX "#define CUTLASS_(MAJOR|MINOR|PATCH) +[0-9]+")
+  string(REGEX REPLACE ".*MAJOR +([0-9]+).*MINOR +([0-9]+).*PATCH +([0-9]+).*" "\\1.\\2.\\3" FWPKM_CUTLASS_VERSION "${_lines}")
+elseif(FWPKM_CUTLASS_SOURCES OR FWPKM_SM90_SOURCES)
+  message(FATAL_ERROR "CUTLASS headers not found (looked in '${FWPKM_CUTLASS_INCLUDE}'). "
+    "pip install --no-deps nvidia-cutlass==4.2.0.0, or set FWPKM_CUTLASS_INCLUDE, or FWPKM_WITH_CUDA=OFF.")
+else()
+  set(FWPKM_CUTLASS_INCLUDE "")
+  message(STATUS "CUTLASS headers not found; no source of this build needs them")
+endif()

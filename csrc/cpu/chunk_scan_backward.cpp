@@ -1,0 +1,573 @@
+// torch.ops.fwpkm.chunk_scan_backward on the CPU: exact derivatives of the scan, chunk by chunk in reverse.
+//
+// Letters (docs/backward.md derives every line). Of one chunk, token x, read r with slot s(r), list entry l:
+//   a weights, z scores, J = da/dz;  err = out - target, e = w err;  gamma = kappa / N_read;  dV', dK' gradients of the
+//   memory after the write;  g = -lr gamma open dV' (rows), theta = -lr open dK' (sub-keys);
+//   sigma = d(key loss)/d(list score), slope, difference: d(score)/d(sub-key) = slope * difference;
+//   P address, u = d(P ln(P + floor))/dP;  t = slope <theta, difference>;
+//   "mem" terms: only when the memory loss moves the sub-keys (values_only = False).
+#include <cstring>
+
+#include <torch/csrc/stable/library.h>
+
+#include "cpu/scan.h"
+
+namespace fwpkm {
+namespace {
+
+struct ScanGradients {  // of the outputs; absent = zero
+  std::optional<Tensor> out, weights, losses, addressing_loss, new_rows, new_sub_keys;
+};
+
+struct SavedScan {
+  Tensor new_rows, new_sub_keys, list_indices, list_scores, places, read_from, key_versions, open_rows, open_keys;
+};
+
+struct ScanInputGradients {
+  Tensor query, target, loss_weights, sub_keys, value_slots, value_rows;
+};
+
+template <typename T>
+const T* pointer(const std::optional<Tensor>& t) {
+  return t ? t->const_data_ptr<T>() : nullptr;
+}
+
+template <typename T>
+class BackwardScan {
+ public:
+  BackwardScan(const ScanInputs& in, const ScanSizes& sizes, const ScanOptions& options, const SavedScan& saved,
+               const ScanGradients& grads, bool need_dvalues, ScanInputGradients& result)
+      : s_(sizes),
+        o_(options),
+        view_(in, sizes, options),
+        k_(vector::kernels<T>()),
+        saved_(saved),
+        grads_(grads),
+        need_dvalues_(need_dvalues),
+        result_(result),
+        sub_keys_(in.sub_keys.const_data_ptr<T>()),
+        rows_(sizes, options, in.values.const_data_ptr<T>(), saved.new_rows.const_data_ptr<T>()),
+        slot_lists_(s_.slots),
+        key_lists_(2 * s_.keys.heads * s_.keys.sub_keys),
+        row_id_(s_.slots) {}
+
+  void run() {
+    key_count_ = 2 * s_.keys.heads * s_.keys.sub_keys * s_.keys.half_width;
+    dkeys_ = result_.sub_keys.mutable_data_ptr<T>();
+    if (grads_.new_sub_keys) {
+      std::memcpy(dkeys_, grads_.new_sub_keys->const_data_ptr<T>(), key_count_ * sizeof(T));
+      dkeys_known_zero_ = false;
+    }
+    theta_.resize(key_count_);
+    // One gradient row per distinct slot at most; memory that is never written is never taken.
+    const int64_t most = std::min(s_.slots, s_.batch * s_.tokens * view_.reads);
+    drows_.reset(static_cast<T*>(std::malloc(std::max<int64_t>(most, 1) * s_.width * sizeof(T))));
+    if (!drows_) throw std::bad_alloc();
+    row_step_.reserve(1024);
+    int64_t written = s_.writes;
+    for (auto step = s_.steps.rbegin(); step != s_.steps.rend(); ++step) {
+      if (step->writes) --written;
+      chunk(*step, written);
+    }
+    if (need_dvalues_) finish_dvalues();
+  }
+
+ private:
+  using Token = typename ScanView<T>::Token;
+
+  // `written`: writes before this step.
+  void chunk(const Step& step, int64_t written) {
+    m_ = s_.batch * step.tokens();
+    written_ = written;
+    const int64_t before = s_.batch * step.tokens_before;
+    ids_ = saved_.list_indices.template const_data_ptr<int32_t>() + before * 2 * view_.reads;
+    list_scores_ = saved_.list_scores.template const_data_ptr<T>() + before * 2 * view_.reads;
+    places_ = saved_.places.template const_data_ptr<int32_t>() + before * view_.reads;
+    read_from_ = saved_.read_from.template const_data_ptr<int32_t>() + before * view_.reads;
+    keys_ = key_version(written);
+    first_place_ = before * view_.reads;
+    slots_.resize(m_ * view_.reads);
+    for (int64_t i = 0; i < m_ * view_.reads; ++i) slots_[i] = slot_of(i);
+    slot_lists_.build(m_ * view_.reads, [&](int32_t i) { return slots_[i]; });
+
+    memory_gradient(step);
+    const bool keys_gradient = step.writes && !dkeys_known_zero_ && o_.keys_move();
+    const bool mem = step.writes && !o_.values_only && view_.pair_count(step) > 0;
+    if (keys_gradient) key_directions(step);
+    token_part(step, keys_gradient && mem, mem);
+    row_part(step, keys_gradient && mem);
+    key_part(step, keys_gradient, mem);
+  }
+
+  const T* key_version(int64_t written) const {
+    if (written == 0 || !o_.keys_move()) return sub_keys_;
+    if (written == s_.writes) return saved_.new_sub_keys.template const_data_ptr<T>();  // a partial, unwritten chunk
+    return saved_.key_versions.template const_data_ptr<T>() + (written - 1) * key_count_;
+  }
+
+  int32_t slot_of(int64_t read) const {  // read = (t*H + h)*R + r of the step
+    const int64_t topk = s_.topk, list = read / topk * 2 * topk;
+    return int32_t(ids_[list + places_[read] / topk] * s_.keys.sub_keys + ids_[list + topk + places_[read] % topk]);
+  }
+
+  // ---- g: gradient of each slot's row after the write, in the factors and rows that the tokens multiply -------------
+  void memory_gradient(const Step& step) {
+    const auto& groups = slot_lists_.groups();
+    const int64_t width = s_.width;
+    group_of_read_.resize(m_ * view_.reads);
+    g_rows_.assign(groups.size(), nullptr);
+    g_scale_.assign(groups.size(), T(0));
+    for (size_t g = 0; g < groups.size(); ++g)
+      for (int32_t i = groups[g].first; i >= 0; i = slot_lists_.next(i)) group_of_read_[i] = int32_t(g);
+    if (!step.writes) return;
+
+    // d(row after the write): what later chunks left, brought back over the decays between, plus d(new_rows).
+    const T* dnew = pointer<T>(grads_.new_rows);
+    for (size_t g = 0; g < groups.size(); ++g)
+      if (dnew && !row_id_[groups[g].key]) new_row_id(groups[g].key, -1);
+    const double scale = view_.write_scale(step);
+    const uint8_t* open = o_.clips() ? saved_.open_rows.template const_data_ptr<uint8_t>() : nullptr;
+    const int64_t open_bytes = (width + 7) / 8;
+    if (open) open_rows_.resize(groups.size() * width);
+    torch::stable::parallel_for(0, int64_t(groups.size()), 16, [&](int64_t begin, int64_t end) {
+      for (int64_t g = begin; g < end; ++g) {
+        const auto& group = groups[g];
+        const int32_t id = row_id_[group.key] - 1;
+        if (id < 0) continue;
+        T* drow = drows_.get() + id * width;
+        RowState& state = row_step_[id];
+        if (state.step < 0)
+          std::fill_n(drow, width, T(0));
+        else if (o_.decays())
+          k_.scaled(drow, std::pow(T(o_.keep()), T(state.step - written_ - 1)), 1, width, drow);
+        const int64_t place = first_place_ + group.first;
+        if (dnew) {
+          const bool newest = !state.written;  // a newest row is returned as the last write left it
+          const T decay = newest ? std::pow(T(o_.keep()), T(s_.writes - written_ - 1)) : T(1);
+          k_.axpy(decay, dnew + place * width, width, drow);
+        }
+        state.step = int32_t(written_ + 1);
+        state.written = true;
+        g_rows_[g] = drow;
+        if (open) {
+          T* masked = open_rows_.data() + g * width;
+          const uint8_t* bits = open + place * open_bytes;
+          for (int64_t c = 0; c < width; ++c) masked[c] = bits[c / 8] >> (c % 8) & 1 ? drow[c] : T(0);
+          g_rows_[g] = masked;
+        }
+        g_scale_[g] = T(-o_.lr * view_.gamma(step, scale, slot_lists_, group));
+      }
+    });
+  }
+
+  int32_t new_row_id(int32_t slot, int32_t step) {
+    row_step_.push_back({step, false});
+    return row_id_[slot] = int32_t(row_step_.size());
+  }
+
+  // ---- K1: t of every list entry ------------------------------------------------------------------------------------
+  void key_directions(const Step& step) {
+    const int64_t half = s_.keys.half_width, topk = s_.topk, open_bytes = (half + 7) / 8;
+    const uint8_t* open =
+        !o_.clips() ? nullptr
+                    : saved_.open_keys.template const_data_ptr<uint8_t>() + written_ * (key_count_ / half) * open_bytes;
+    torch::stable::parallel_for(0, key_count_ / half, 64, [&](int64_t begin, int64_t end) {
+      for (int64_t j = begin; j < end; ++j)
+        for (int64_t c = 0; c < half; ++c)
+          theta_[j * half + c] =
+              !open || (open[j * open_bytes + c / 8] >> (c % 8) & 1) ? T(-o_.lr) * dkeys_[j * half + c] : T(0);
+    });
+    t_.resize(m_ * 2 * view_.reads);
+    torch::stable::parallel_for(0, m_ * 2 * s_.keys.heads, 16, [&](int64_t begin, int64_t end) {
+      std::vector<const T*> thetas(topk), keys(topk);
+      for (int64_t list = begin; list < end; ++list) {
+        for (int64_t r = 0; r < topk; ++r) {
+          const int64_t at = view_.sub_key_of(list * topk + r, ids_) * half;
+          thetas[r] = theta_.data() + at;
+          keys[r] = keys_ + at;
+        }
+        T* t = t_.data() + list * topk;
+        const bool idw = o_.score == Score::kIdw;
+        k_.dots(thetas.data(), idw ? keys.data() : nullptr, topk, view_.query_of(step, list * topk), half, t);
+        if (idw)
+          for (int64_t r = 0; r < topk; ++r) t[r] *= 2 * std::exp(list_scores_[list * topk + r]);
+      }
+    });
+  }
+
+  // ---- B1: one token, its rows and its rows of g --------------------------------------------------------------------
+  void token_part(const Step& step, bool second_order, bool mem) {
+    const int64_t n = view_.reads, width = s_.width;
+    a_.resize(m_ * n);
+    dz_.resize(m_ * n);
+    delta_.resize(m_ * width);
+    if (mem) sigma_memory_.assign(m_ * n, T(0));
+    if (second_order) {
+      y_.assign(m_ * n, T(0));
+      e_.resize(m_ * width);
+    }
+    const T *dout = pointer<T>(grads_.out), *dweights = pointer<T>(grads_.weights),
+            *dlosses = pointer<T>(grads_.losses);
+    T* dtarget = result_.target.mutable_data_ptr<T>();
+    T* dgate = result_.loss_weights.mutable_data_ptr<T>();
+    torch::stable::parallel_for(0, m_, 8, [&](int64_t begin, int64_t end) {
+      std::vector<const T*> rows(n), g_rows(n);
+      std::vector<T> z(n), g_weights(n), da(n), dots(n), tr(n), b(n), err(width), e(width), de(width), extra(width);
+      std::vector<T> decayed(rows_.needs_scratch() ? n * width : 0);
+      for (int64_t t = begin; t < end; ++t) {
+        const Token token = view_.token(step, t);
+        T *a = a_.data() + t * n, *dz = dz_.data() + t * n, *delta = delta_.data() + t * width;
+        for (int64_t r = 0; r < n; ++r) {
+          const int64_t list = (t * s_.keys.heads + r / s_.topk) * 2 * s_.topk, place = places_[t * n + r];
+          z[r] = list_scores_[list + place / s_.topk] + list_scores_[list + s_.topk + place % s_.topk];
+          rows[r] = rows_.row(slots_[t * n + r], read_from_[t * n + r], written_, !step.writes,
+                              decayed.empty() ? nullptr : decayed.data() + r * width);
+          if (second_order) tr[r] = t_[list + place / s_.topk] + t_[list + s_.topk + place % s_.topk];
+        }
+        read_weights(o_.activation, T(o_.temperature), z.data(), n, a);
+        const bool own = token.x >= step.own;
+        if (dout && own)
+          std::memcpy(delta, dout + view_.own_row(token) * width, width * sizeof(T));
+        else
+          std::fill_n(delta, width, T(0));
+        std::fill_n(da.data(), n, T(0));
+        if (dweights && own) std::memcpy(da.data(), dweights + view_.own_row(token) * n, n * sizeof(T));
+
+        const bool pair = view_.has_pair(step, token);
+        int64_t touched = 0;  // reads with a row of g
+        if (pair) {
+          const T w = view_.loss_weight(token);
+          const T* target = view_.target + view_.target_row(token) * width;
+          k_.weighted_sum(rows.data(), nullptr, a, n, width, err.data());
+          for (int64_t c = 0; c < width; ++c) err[c] -= target[c], e[c] = w * err[c];
+          for (int64_t r = 0; r < n; ++r) {
+            const int32_t g = group_of_read_[t * n + r];
+            if (!g_rows_[g]) continue;
+            g_rows[touched] = g_rows_[g];
+            g_weights[touched++] = a[r] * g_scale_[g];
+          }
+          k_.weighted_sum(g_rows.data(), nullptr, g_weights.data(), touched, width, de.data());
+          if (mem) {
+            const T scale = 1 / (T(view_.pair_count(step)) * T(width));
+            k_.dots(rows.data(), nullptr, n, e.data(), width, b.data());
+            for (T& x : b) x *= scale;
+            through_weights(o_.activation, T(o_.temperature), a, z.data(), b.data(), n, sigma_memory_.data() + t * n);
+            if (second_order) {
+              T* y = y_.data() + t * n;
+              through_weights(o_.activation, T(o_.temperature), a, z.data(), tr.data(), n, y);
+              for (int64_t r = 0; r < n; ++r) y[r] *= scale;  // y / (M V), as it is used everywhere
+              k_.weighted_sum(rows.data(), nullptr, y, n, width, extra.data());
+              k_.axpy(T(1), extra.data(), width, de.data());
+              std::memcpy(e_.data() + t * width, e.data(), width * sizeof(T));
+            }
+          }
+          const T dloss = dlosses ? dlosses[token.b * s_.pairs + step.pairs_before + token.i] : T(0);
+          T* dt = dtarget + view_.target_row(token) * width;
+          for (int64_t c = 0; c < width; ++c) {
+            const T back = w * (de[c] + 2 * dloss / T(width) * err[c]);
+            delta[c] += back;
+            dt[c] -= back;
+          }
+          const T* self = err.data();
+          T gate, squared;
+          k_.dots(&self, nullptr, 1, de.data(), width, &gate);
+          k_.dots(&self, nullptr, 1, err.data(), width, &squared);
+          if (dgate) dgate[view_.at(token)] += gate + dloss * squared / T(width);
+          k_.dots(g_rows.data(), nullptr, touched, e.data(), width, dots.data());
+          touched = 0;
+          for (int64_t r = 0; r < n; ++r) {
+            const int32_t g = group_of_read_[t * n + r];
+            if (g_rows_[g]) da[r] += g_scale_[g] * dots[touched++];
+          }
+        }
+        k_.dots(rows.data(), nullptr, n, delta, width, dots.data());
+        for (int64_t r = 0; r < n; ++r) da[r] += dots[r];
+        through_weights(o_.activation, T(o_.temperature), a, z.data(), da.data(), n, dz);
+        if (second_order && pair)
+          add_second_order(o_.activation, T(o_.temperature), a, z.data(), b.data(), tr.data(), n, dz);
+      }
+    });
+  }
+
+  // ---- B2: one row, its reads in token order ------------------------------------------------------------------------
+  void row_part(const Step& step, bool second_order) {
+    const int64_t n = view_.reads, width = s_.width;
+    // Rows whose gradient somebody will read: those an earlier chunk wrote, and all when d(values) is wanted.
+    for (const auto& group : slot_lists_.groups())
+      if ((need_dvalues_ || read_from_[group.first] >= 0) && !row_id_[group.key]) new_row_id(group.key, -1);
+    slot_lists_.for_each<T>(
+        width, [&](int32_t i) { return delta_.data() + i / n * width; }, [&](int32_t i) { return a_[i]; },
+        [&](const OrderedLists::Group& group, const auto& rows, const auto& weights, T* sum) {
+          if (!need_dvalues_ && read_from_[group.first] < 0) return;
+          const int32_t id = row_id_[group.key] - 1;
+          T* drow = drows_.get() + id * width;
+          RowState& state = row_step_[id];
+          k_.weighted_sum(rows.data(), nullptr, weights.data(), int64_t(rows.size()), width, sum);
+          if (second_order)
+            for (int32_t i = group.first; i >= 0; i = slot_lists_.next(i))
+              if (view_.has_pair(step, view_.token(step, i / n))) k_.axpy(y_[i], e_.data() + i / n * width, width, sum);
+          if (state.step >= 0) k_.axpy(T(o_.keep()), drow, width, sum);  // memory_gradient brought it to this write
+          std::memcpy(drow, sum, width * sizeof(T));
+          state.step = int32_t(written_);
+        });
+  }
+
+  // ---- K2, K3: d(query) and d(sub_keys) from alpha and beta of every list entry -------------------------------------
+  void key_part(const Step& step, bool keys_gradient, bool mem) {
+    const int64_t topk = s_.topk, half = s_.keys.half_width, lists = m_ * 2 * s_.keys.heads, entries = lists * topk;
+    const bool idw = o_.score == Score::kIdw;
+    const T* daddressing = pointer<T>(grads_.addressing_loss);
+    const T daddress = daddressing && step.writes ? daddressing[written_] : T(0);
+    sigma_.assign(entries, T(0));
+    dsub_.assign(entries, T(0));
+    if (step.writes && o_.addressing_weight != 0 && (keys_gradient || daddress != 0))
+      addressing_part(step, keys_gradient, daddress);
+    for (int64_t i = 0; i < m_ * view_.reads; ++i) {  // what the reads say, onto the two list places of each
+      const int64_t list = i / topk * 2 * topk, p0 = list + places_[i] / topk, p1 = list + topk + places_[i] % topk;
+      dsub_[p0] += dz_[i];
+      dsub_[p1] += dz_[i];
+      if (mem) sigma_[p0] += sigma_memory_[i], sigma_[p1] += sigma_memory_[i];
+    }
+    // now sigma becomes alpha, dsub becomes beta
+    torch::stable::parallel_for(0, entries, 4096, [&](int64_t begin, int64_t end) {
+      for (int64_t l = begin; l < end; ++l) {
+        const T slope = idw ? 2 * std::exp(list_scores_[l]) : T(1);
+        if (idw && keys_gradient) dsub_[l] += sigma_[l] * t_[l];
+        dsub_[l] *= slope;
+        sigma_[l] *= slope;
+      }
+    });
+    T* dquery = result_.query.mutable_data_ptr<T>();
+    torch::stable::parallel_for(0, lists, 16, [&](int64_t begin, int64_t end) {
+      std::vector<const T*> keys(topk), thetas(topk);
+      std::vector<T> sum(half);
+      for (int64_t list = begin; list < end; ++list) {
+        const T* q = view_.query_of(step, list * topk);
+        for (int64_t r = 0; r < topk; ++r) {
+          const int64_t at = view_.sub_key_of(list * topk + r, ids_) * half;
+          keys[r] = keys_ + at;
+          thetas[r] = theta_.data() + at;
+        }
+        T* dq = dquery + (q - view_.query);
+        k_.weighted_sum(keys.data(), idw ? q : nullptr, dsub_.data() + list * topk, topk, half, sum.data());
+        k_.axpy(T(1), sum.data(), half, dq);
+        if (keys_gradient) {
+          k_.weighted_sum(thetas.data(), nullptr, sigma_.data() + list * topk, topk, half, sum.data());
+          k_.axpy(T(1), sum.data(), half, dq);
+        }
+      }
+    });
+    key_lists_.build(entries, [&](int32_t l) { return view_.sub_key_of(l, ids_); });
+    if (step.writes && o_.decays()) k_.scaled(dkeys_, T(o_.keep()), 1, key_count_, dkeys_);
+    key_lists_.for_each<T>(
+        half, [&](int32_t l) { return view_.query_of(step, l); }, [&](int32_t l) { return dsub_[l]; },
+        [&](const OrderedLists::Group& group, const auto& rows, const auto& beta, T* sum) {
+          const int64_t at = group.key * half;
+          k_.weighted_sum(rows.data(), idw ? keys_ + at : nullptr, beta.data(), int64_t(rows.size()), half, sum);
+          k_.axpy(T(1), sum, half, dkeys_ + at);
+          if (!idw || !keys_gradient) return;
+          T total = 0;
+          for (int32_t l = group.first; l >= 0; l = key_lists_.next(l)) total += sigma_[l];
+          k_.axpy(-total, theta_.data() + at, half, dkeys_ + at);
+        });
+    dkeys_known_zero_ = dkeys_known_zero_ && entries == 0;
+  }
+
+  // K2: sigma of the addressing loss, and its Hessian times t (the change of the step with the scores).
+  void addressing_part(const Step& step, bool keys_gradient, T daddress) {
+    const Addressing<T> address(view_, step, ids_, list_scores_);
+    if (!address.rows()) return;
+    const int64_t topk = s_.topk, lists = m_ * 2 * s_.keys.heads;
+    const double factor = o_.addressing_weight / double(address.rows());
+    const std::vector<double> u = address.slope();
+    std::vector<double> dmean(2 * s_.keys.sub_keys, 0.0);
+    std::vector<T> centred(keys_gradient ? lists * topk : 0);  // t - sum P t
+    if (keys_gradient) {
+      std::vector<T> pt(lists * topk);
+      torch::stable::parallel_for(0, lists, 64, [&](int64_t begin, int64_t end) {
+        for (int64_t list = begin; list < end; ++list) {
+          const T *p = address.p().data() + list * topk, *t = t_.data() + list * topk;
+          T mean = 0;
+          for (int64_t r = 0; r < topk; ++r) mean += p[r] * t[r];
+          for (int64_t r = 0; r < topk; ++r) {
+            centred[list * topk + r] = t[r] - mean;
+            pt[list * topk + r] = p[r] * (t[r] - mean);
+          }
+        }
+      });
+      address.accumulate(pt, factor, dmean);
+      const std::vector<double> curvature = address.curvature();
+      for (size_t j = 0; j < dmean.size(); ++j) dmean[j] *= curvature[j];
+    }
+    torch::stable::parallel_for(0, lists, 64, [&](int64_t begin, int64_t end) {
+      std::vector<double> u_centred(topk), dp(topk);
+      for (int64_t list = begin; list < end; ++list) {
+        const T* p = address.p().data() + list * topk;
+        double mean = 0, dmean_p = 0;
+        for (int64_t r = 0; r < topk; ++r) mean += double(p[r]) * u[address.table_at(list * topk + r)];
+        for (int64_t r = 0; r < topk; ++r) {
+          u_centred[r] = u[address.table_at(list * topk + r)] - mean;
+          dp[r] = !keys_gradient ? 0.0
+                                 : factor * double(centred[list * topk + r]) * u_centred[r] +
+                                       dmean[address.table_at(list * topk + r)] / double(address.rows());
+          dmean_p += double(p[r]) * dp[r];
+        }
+        for (int64_t r = 0; r < topk; ++r) {
+          const double sigma = factor * double(p[r]) * u_centred[r];
+          sigma_[list * topk + r] = keys_gradient ? T(sigma) : T(0);
+          dsub_[list * topk + r] = T(double(p[r]) * (dp[r] - dmean_p) + double(daddress) * sigma);
+        }
+      }
+    });
+  }
+
+  // d(initial values): one row per read of the call; a slot's gradient stands at its first read, zeros at the others.
+  void finish_dvalues() {
+    T* rows = result_.value_rows.mutable_data_ptr<T>();
+    int64_t* slots = result_.value_slots.mutable_data_ptr<int64_t>();
+    int64_t at = 0;
+    for (const Step& step : s_.steps) {
+      const int64_t before = s_.batch * step.tokens_before;
+      ids_ = saved_.list_indices.template const_data_ptr<int32_t>() + before * 2 * view_.reads;
+      places_ = saved_.places.template const_data_ptr<int32_t>() + before * view_.reads;
+      for (int64_t i = 0; i < s_.batch * step.tokens() * view_.reads; ++i, ++at) {
+        slots[at] = slot_of(i);
+        T* row = rows + at * s_.width;
+        int32_t& id = row_id_[slots[at]];
+        if (id > 0) {  // only once
+          const RowState& state = row_step_[id - 1];
+          k_.scaled(drows_.get() + (id - 1) * s_.width, std::pow(T(o_.keep()), T(state.step)), 1, s_.width, row);
+          id = 0;
+        } else {
+          std::memset(row, 0, s_.width * sizeof(T));
+        }
+      }
+    }
+  }
+
+  struct Free {
+    void operator()(T* p) const { std::free(p); }
+  };
+  struct RowState {
+    int32_t step;  // the gradient belongs to the row as it was before write number `step`; -1: no gradient yet
+    bool written;  // a later write of this slot was met
+  };
+
+  const ScanSizes& s_;
+  const ScanOptions& o_;
+  const ScanView<T> view_;
+  const vector::Kernels<T>& k_;
+  const SavedScan& saved_;
+  const ScanGradients& grads_;
+  const bool need_dvalues_;
+  ScanInputGradients& result_;
+  const T* sub_keys_;
+  const RowReader<T> rows_;
+  OrderedLists slot_lists_, key_lists_;
+  ZeroedTable row_id_;              // slot -> its gradient row + 1
+  std::unique_ptr<T, Free> drows_;  // [distinct slots, V]
+  std::vector<RowState> row_step_;  // of each gradient row
+  T* dkeys_ = nullptr;              // [H, 2, P, K/2] gradient of the sub-keys after (then before) the current write
+  bool dkeys_known_zero_ = true;
+  std::vector<T> theta_;  // [H, 2, P, K/2]
+  int64_t key_count_ = 0;
+  // of the current step
+  int64_t m_ = 0, written_ = 0, first_place_ = 0;
+  const int32_t *ids_ = nullptr, *places_ = nullptr, *read_from_ = nullptr;
+  const T *list_scores_ = nullptr, *keys_ = nullptr;
+  std::vector<int32_t> slots_, group_of_read_;  // [m, H, R]
+  std::vector<const T*> g_rows_;                // [groups]
+  std::vector<T> g_scale_, open_rows_;          // [groups], [groups, V]
+  std::vector<T> t_, sigma_, dsub_;             // [m, H, 2, R]
+  std::vector<T> a_, dz_, y_, sigma_memory_;    // [m, H, R]
+  std::vector<T> delta_, e_;                    // [m, V]
+};
+
+// A saved tensor must be what chunk_scan returned for these inputs and options: shape, dtype, and numbers in range.
+void check_saved(const Tensor& t, std::vector<int64_t> shape, ScalarType type, const char* name) {
+  check_dtype(t, type, name, "as chunk_scan returned it");
+  bool same = t.dim() == int64_t(shape.size()) && t.is_contiguous();
+  for (int64_t d = 0; same && d < t.dim(); ++d) same = t.size(d) == shape[d];
+  STD_TORCH_CHECK(same, name, ": expected the tensor that chunk_scan returned for these inputs and options, got shape ",
+                  shape_string(t));
+}
+
+void check_range(const Tensor& t, int64_t low, int64_t high, const char* name) {
+  const int32_t* p = t.const_data_ptr<int32_t>();
+  for (int64_t i = 0; i < t.numel(); ++i)
+    STD_TORCH_CHECK(p[i] >= low && p[i] < high, name, ": expected numbers in [", low, ", ", high, "), got ", p[i]);
+}
+
+// A gradient of an output: on the CPU, of the output's shape; prepared for use.
+std::optional<Tensor> gradient(const std::optional<Tensor>& t, std::vector<int64_t> shape, ScalarType type,
+                               const char* name) {
+  if (!t) return std::nullopt;
+  bool same = t->dim() == int64_t(shape.size());
+  for (int64_t d = 0; same && d < t->dim(); ++d) same = t->size(d) == shape[d];
+  STD_TORCH_CHECK(same && t->is_cpu(), name, ": expected a CPU tensor of the shape of the output, got shape ",
+                  shape_string(*t));
+  return prepared(*t, type);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> chunk_scan_backward_cpu(
+    std::optional<Tensor> dout, std::optional<Tensor> dweights, std::optional<Tensor> dlosses,
+    std::optional<Tensor> daddressing_loss, std::optional<Tensor> dnew_rows, std::optional<Tensor> dnew_sub_keys,
+    const Tensor& values, const Tensor& sub_keys, const Tensor& query, const Tensor& target,
+    std::optional<Tensor> loss_weights, std::optional<Tensor> mask, const Tensor& new_rows, const Tensor& new_sub_keys,
+    const Tensor& list_indices, const Tensor& list_scores, const Tensor& places, const Tensor& read_from,
+    const Tensor& key_versions, const Tensor& open_rows, const Tensor& open_keys, int64_t topk, int64_t chunk_size,
+    int64_t lookahead, std::string score, double eps, std::string activation, double temperature, double lr,
+    double weight_decay, std::optional<double> grad_clip, std::string write_rule, bool values_only,
+    double addressing_weight, std::string boundary, int64_t carried, bool flush, bool need_dvalues) {
+  const ScanOptions o =
+      parse_scan_options(topk, chunk_size, lookahead, score, eps, activation, temperature, lr, weight_decay, grad_clip,
+                         write_rule, values_only, addressing_weight, boundary, carried, flush);
+  const ScanSizes s = check_scan(values, sub_keys, query, target, loss_weights, mask, o);
+  const SavedSizes z = saved_sizes(s, o);
+  const auto type = values.scalar_type();
+  const int64_t heads = s.keys.heads, own = s.length - o.carried, half = s.keys.half_width;
+  const std::vector<int64_t> key_shape{heads, 2, s.keys.sub_keys, half};
+  check_saved(new_rows, {z.places, s.width}, type, "new_rows");
+  check_saved(new_sub_keys, key_shape, type, "new_sub_keys");
+  check_saved(list_indices, {z.tokens, heads, 2, s.topk}, ScalarType::Int, "list_indices");
+  check_saved(list_scores, {z.tokens, heads, 2, s.topk}, type, "list_scores");
+  check_saved(places, {z.tokens, heads, s.topk}, ScalarType::Int, "places");
+  check_saved(read_from, {z.tokens, heads, s.topk}, ScalarType::Int, "read_from");
+  check_saved(key_versions, {z.key_versions, half}, type, "key_versions");
+  check_saved(open_rows, {z.open_rows, (s.width + 7) / 8}, ScalarType::Byte, "open_rows");
+  check_saved(open_keys, {z.open_keys, heads, 2, s.keys.sub_keys, (half + 7) / 8}, ScalarType::Byte, "open_keys");
+  check_range(list_indices, 0, s.keys.sub_keys, "list_indices");
+  check_range(places, 0, s.topk * s.topk, "places");
+  check_range(read_from, -1, std::max<int64_t>(z.places, 1), "read_from");
+
+  const ScanGradients grads{gradient(dout, {s.batch, own, s.width}, type, "dout"),
+                            gradient(dweights, {s.batch, own, heads, s.topk}, type, "dweights"),
+                            gradient(dlosses, {s.batch, s.pairs}, type, "dlosses"),
+                            gradient(daddressing_loss, {s.writes}, type, "daddressing_loss"),
+                            gradient(dnew_rows, {z.places, s.width}, type, "dnew_rows"),
+                            gradient(dnew_sub_keys, key_shape, type, "dnew_sub_keys")};
+  const auto in = ScanInputs::prepare(values, sub_keys, query, target, loss_weights, mask);
+  const int64_t reads = need_dvalues ? z.tokens * s.reads_per_token() : 0;
+  ScanInputGradients result{make_zeros(in.values, {s.batch, s.length, heads, s.keys.key_dim()}, type),
+                            make_zeros(in.values, {s.batch, s.length, s.width}, type),
+                            make_zeros(in.values, {loss_weights ? s.batch : 0, s.length}, type),
+                            make_zeros(in.values, key_shape, type),
+                            make(in.values, {reads}, ScalarType::Long),
+                            make(in.values, {reads, s.width}, type)};
+  const SavedScan saved{new_rows,  new_sub_keys, list_indices, list_scores, places,
+                        read_from, key_versions, open_rows,    open_keys};
+  dispatch_memory(in.values,
+                  [&](auto t) { BackwardScan<decltype(t)>(in, s, o, saved, grads, need_dvalues, result).run(); });
+  return {prepared(result.query, query.scalar_type()),
+          prepared(result.target, target.scalar_type()),
+          loss_weights ? prepared(result.loss_weights, loss_weights->scalar_type()) : result.loss_weights,
+          result.sub_keys,
+          result.value_slots,
+          result.value_rows};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fwpkm, CPU, m) { m.impl("chunk_scan_backward", TORCH_BOX(&chunk_scan_backward_cpu)); }
+
+}  // namespace fwpkm

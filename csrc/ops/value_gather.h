@@ -1,0 +1,47 @@
+// value_gather and its derivatives: validation, for every device.
+#pragma once
+#include "binding/checks.h"
+
+namespace fwpkm {
+
+inline void check_indices_dtype(const Tensor& indices) {
+  const auto type = indices.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Int || type == ScalarType::Long, "indices: expected int32 or int64, got ",
+                  dtype_string(type));
+  STD_TORCH_CHECK(indices.dim() >= 1, "indices: expected at least 1 dimension (..., R), got a scalar");
+}
+
+// weights or any other tensor with one number per read
+inline void check_per_read(const Tensor& t, const Tensor& indices, ScalarType type, const char* name) {
+  check_dtype(t, type, name, "the dtype of values");
+  bool same = t.dim() == indices.dim();
+  for (int64_t d = 0; same && d < t.dim(); ++d) same = t.size(d) == indices.size(d);
+  STD_TORCH_CHECK(same, name, ": expected the shape of indices ", shape_string(indices), ", got ", shape_string(t));
+  check_device(t, indices, name, "indices");
+}
+
+inline void check_values(const Tensor& values) {
+  check_memory_dtype(values, "values");
+  check_rank(values, 2, "values", "(S, V)");
+  STD_TORCH_CHECK(values.size(0) <= 2147483647, "values: expected at most 2^31 - 1 slots, got ", values.size(0));
+}
+
+// dout (..., V) of indices (..., R)
+inline void check_dout(const Tensor& dout, const Tensor& indices) {
+  check_memory_dtype(dout, "dout");
+  bool same = dout.dim() == indices.dim();
+  for (int64_t d = 0; same && d + 1 < dout.dim(); ++d) same = dout.size(d) == indices.size(d);
+  STD_TORCH_CHECK(same, "dout: expected the leading dimensions of indices ", shape_string(indices), ", got shape ",
+                  shape_string(dout));
+  check_device(dout, indices, "dout", "indices");
+}
+
+// indices' shape with the last dimension replaced
+inline std::vector<int64_t> with_last(const Tensor& indices, int64_t last) {
+  std::vector<int64_t> shape;
+  for (int64_t d = 0; d + 1 < indices.dim(); ++d) shape.push_back(indices.size(d));
+  shape.push_back(last);
+  return shape;
+}
+
+}  // namespace fwpkm
