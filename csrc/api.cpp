@@ -1,3 +1,4 @@
+// What the library was built from; the rest of api.h is answered by cpu/dispatch.cpp and cuda/device.cu.
 #include "api.h"
 
 #include "build_info.h"

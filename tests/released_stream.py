@@ -120,20 +120,11 @@ def _update(values, sub_keys, queue, last_piece, read, lookahead, values_only, a
         key_loss = address_loss if values_only else address_loss + losses.mean() / 2
         (key_gradient,) = torch.autograd.grad(key_loss, keys)
     num_samples = last_weights[..., 0, 0].numel() if mask is None else int((mask[:, :u] > 0).sum())
-    # `value_gradient` counts reads of the tokens it sums over: append the last piece, counted, with an error of zero
+    # N_read counts the reads of the last piece: it stands behind the tokens that are summed over
     counted = Reads(*(torch.cat(x, 1) for x in zip(reads, last_reads, strict=True)))
+    kappa = num_samples / (B * u) * last_weights[0, 0].numel()
     error = (w.unsqueeze(-1) * difference).detach()
-    error = torch.cat((error, error.new_zeros(B, last_weights.shape[1], error.shape[2])), 1)
-    value_grad = value_gradient(
-        values,
-        counted,
-        torch.cat((weights.detach(), last_weights), 1),
-        error,
-        slice(u, None),
-        pairs=B * u,
-        num_samples=num_samples,
-        write_rule="release",
-    )
+    value_grad = value_gradient(values, counted, weights.detach(), error, slice(u, None), kappa)
     values, sub_keys = step(values, value_grad, **step_options), step(sub_keys, key_gradient, **step_options)
     return values, sub_keys, losses.detach(), address_loss.detach()
 

@@ -260,12 +260,11 @@ class ForwardScan {
         const std::vector<double> u = address.slope();
         const double factor = o_.addressing_weight / double(address.rows());
         torch::stable::parallel_for(0, entries / topk, 64, [&](int64_t begin, int64_t end) {
+          std::vector<double> centred(topk);
           for (int64_t list = begin; list < end; ++list) {
-            const T* p = address.p().data() + list * topk;
-            double mean = 0;
-            for (int64_t r = 0; r < topk; ++r) mean += double(p[r]) * u[address.table_at(list * topk + r)];
+            address.centre(list, u, centred.data());
             for (int64_t r = 0; r < topk; ++r)
-              alpha[list * topk + r] = T(factor * double(p[r]) * (u[address.table_at(list * topk + r)] - mean));
+              alpha[list * topk + r] = T(factor * double(address.p()[list * topk + r]) * centred[r]);
           }
         });
       }

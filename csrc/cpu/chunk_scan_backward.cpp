@@ -1,15 +1,14 @@
 // torch.ops.fwpkm.chunk_scan_backward on the CPU: exact derivatives of the scan, chunk by chunk in reverse.
 //
-// Letters (docs/backward.md derives every line). Of one chunk, token x, read r with slot s(r), list entry l:
-//   a weights, z scores, J = da/dz;  err = out - target, e = w err;  gamma = kappa / N_read;  dV', dK' gradients of the
-//   memory after the write;  g = -lr gamma open dV' (rows), theta = -lr open dK' (sub-keys);
-//   sigma = d(key loss)/d(list score), slope, difference: d(score)/d(sub-key) = slope * difference;
-//   P address, u = d(P ln(P + floor))/dP;  t = slope <theta, difference>;
-//   "mem" terms: only when the memory loss moves the sub-keys (values_only = False).
+// This file: the side of values and tokens; queries and sub-keys are in key_gradients.h. Letters (docs/mathematics.md,
+// section 5), of one chunk, token x and read r:  a weights, z scores, J = da/dz;  err = out - target, e = w err;
+// gamma = kappa / N_read;  g = -lr gamma open d(row after the write).  "mem" terms and second order: only when the
+// memory loss moved the sub-keys (values_only = False).
 #include <cstring>
 
 #include <torch/csrc/stable/library.h>
 
+#include "cpu/key_gradients.h"
 #include "cpu/scan.h"
 
 namespace fwpkm {
@@ -46,28 +45,26 @@ class BackwardScan {
         need_dvalues_(need_dvalues),
         result_(result),
         sub_keys_(in.sub_keys.const_data_ptr<T>()),
+        key_count_(2 * s_.keys.heads * s_.keys.sub_keys * s_.keys.half_width),
         rows_(sizes, options, in.values.const_data_ptr<T>(), saved.new_rows.const_data_ptr<T>()),
+        keys_(view_, saved.open_keys.const_data_ptr<uint8_t>(), result.sub_keys.mutable_data_ptr<T>(),
+              !grads.new_sub_keys, result.query.mutable_data_ptr<T>()),
         slot_lists_(s_.slots),
-        key_lists_(2 * s_.keys.heads * s_.keys.sub_keys),
-        row_id_(s_.slots) {}
-
-  void run() {
-    key_count_ = 2 * s_.keys.heads * s_.keys.sub_keys * s_.keys.half_width;
-    dkeys_ = result_.sub_keys.mutable_data_ptr<T>();
-    if (grads_.new_sub_keys) {
-      std::memcpy(dkeys_, grads_.new_sub_keys->const_data_ptr<T>(), key_count_ * sizeof(T));
-      dkeys_known_zero_ = false;
-    }
-    theta_.resize(key_count_);
+        row_id_(s_.slots) {
+    if (grads.new_sub_keys)
+      std::memcpy(result.sub_keys.mutable_data_ptr<T>(), grads.new_sub_keys->const_data_ptr<T>(),
+                  key_count_ * sizeof(T));
     // One gradient row per distinct slot at most; memory that is never written is never taken.
     const int64_t most = std::min(s_.slots, s_.batch * s_.tokens * view_.reads);
     drows_.reset(static_cast<T*>(std::malloc(std::max<int64_t>(most, 1) * s_.width * sizeof(T))));
     if (!drows_) throw std::bad_alloc();
-    row_step_.reserve(1024);
+  }
+
+  void run() {
     int64_t written = s_.writes;
     for (auto step = s_.steps.rbegin(); step != s_.steps.rend(); ++step) {
       if (step->writes) --written;
-      chunk(*step, written);
+      chunk(saved_step(*step, written));
     }
     if (need_dvalues_) finish_dvalues();
   }
@@ -75,28 +72,32 @@ class BackwardScan {
  private:
   using Token = typename ScanView<T>::Token;
 
-  // `written`: writes before this step.
-  void chunk(const Step& step, int64_t written) {
-    m_ = s_.batch * step.tokens();
-    written_ = written;
-    const int64_t before = s_.batch * step.tokens_before;
-    ids_ = saved_.list_indices.template const_data_ptr<int32_t>() + before * 2 * view_.reads;
-    list_scores_ = saved_.list_scores.template const_data_ptr<T>() + before * 2 * view_.reads;
-    places_ = saved_.places.template const_data_ptr<int32_t>() + before * view_.reads;
-    read_from_ = saved_.read_from.template const_data_ptr<int32_t>() + before * view_.reads;
-    keys_ = key_version(written);
-    first_place_ = before * view_.reads;
-    slots_.resize(m_ * view_.reads);
-    for (int64_t i = 0; i < m_ * view_.reads; ++i) slots_[i] = slot_of(i);
-    slot_lists_.build(m_ * view_.reads, [&](int32_t i) { return slots_[i]; });
+  SavedStep<T> saved_step(const Step& step, int64_t written) const {
+    const int64_t before = s_.batch * step.tokens_before * view_.reads;
+    return {step,
+            s_.batch * step.tokens(),
+            written,
+            saved_.list_indices.template const_data_ptr<int32_t>() + 2 * before,
+            saved_.list_scores.template const_data_ptr<T>() + 2 * before,
+            saved_.places.template const_data_ptr<int32_t>() + before,
+            saved_.read_from.template const_data_ptr<int32_t>() + before,
+            key_version(written)};
+  }
 
-    memory_gradient(step);
-    const bool keys_gradient = step.writes && !dkeys_known_zero_ && o_.keys_move();
-    const bool mem = step.writes && !o_.values_only && view_.pair_count(step) > 0;
-    if (keys_gradient) key_directions(step);
-    token_part(step, keys_gradient && mem, mem);
-    row_part(step, keys_gradient && mem);
-    key_part(step, keys_gradient, mem);
+  void chunk(const SavedStep<T>& saved) {
+    const int64_t reads = saved.m * view_.reads;
+    slots_.resize(reads);
+    for (int64_t i = 0; i < reads; ++i) slots_[i] = slot_of(saved, i);
+    slot_lists_.build(reads, [&](int32_t i) { return slots_[i]; });
+
+    memory_gradient(saved);
+    const bool through_keys = keys_.through_write(saved.step);
+    const bool mem = saved.step.writes && !o_.values_only && view_.pair_count(saved.step) > 0;
+    const std::vector<T>* t = through_keys ? &keys_.directions(saved) : nullptr;
+    token_part(saved, mem, mem ? t : nullptr);
+    row_part(saved, mem && t);
+    const T* daddressing = pointer<T>(grads_.addressing_loss);
+    keys_.add(saved, dz_, sigma_memory_, daddressing && saved.step.writes ? daddressing[saved.written] : T(0));
   }
 
   const T* key_version(int64_t written) const {
@@ -105,16 +106,19 @@ class BackwardScan {
     return saved_.key_versions.template const_data_ptr<T>() + (written - 1) * key_count_;
   }
 
-  int32_t slot_of(int64_t read) const {  // read = (t*H + h)*R + r of the step
-    const int64_t topk = s_.topk, list = read / topk * 2 * topk;
-    return int32_t(ids_[list + places_[read] / topk] * s_.keys.sub_keys + ids_[list + topk + places_[read] % topk]);
+  int32_t slot_of(const SavedStep<T>& saved, int64_t read) const {  // read = (t*H + h)*R + r of the step
+    const int64_t topk = s_.topk;
+    const int32_t* list = saved.list_indices + read / topk * 2 * topk;
+    return int32_t(list[saved.places[read] / topk] * s_.keys.sub_keys + list[topk + saved.places[read] % topk]);
   }
 
   // ---- g: gradient of each slot's row after the write, in the factors and rows that the tokens multiply -------------
-  void memory_gradient(const Step& step) {
+  void memory_gradient(const SavedStep<T>& saved) {
+    const Step& step = saved.step;
     const auto& groups = slot_lists_.groups();
-    const int64_t width = s_.width;
-    group_of_read_.resize(m_ * view_.reads);
+    const int64_t width = s_.width, written = saved.written;
+    const int64_t first_place = s_.batch * step.tokens_before * view_.reads;
+    group_of_read_.resize(saved.m * view_.reads);
     g_rows_.assign(groups.size(), nullptr);
     g_scale_.assign(groups.size(), T(0));
     for (size_t g = 0; g < groups.size(); ++g)
@@ -139,14 +143,14 @@ class BackwardScan {
         if (state.step < 0)
           std::fill_n(drow, width, T(0));
         else if (o_.decays())
-          k_.scaled(drow, std::pow(T(o_.keep()), T(state.step - written_ - 1)), 1, width, drow);
-        const int64_t place = first_place_ + group.first;
+          k_.scaled(drow, std::pow(T(o_.keep()), T(state.step - written - 1)), 1, width, drow);
+        const int64_t place = first_place + group.first;
         if (dnew) {
           const bool newest = !state.written;  // a newest row is returned as the last write left it
-          const T decay = newest ? std::pow(T(o_.keep()), T(s_.writes - written_ - 1)) : T(1);
+          const T decay = newest ? std::pow(T(o_.keep()), T(s_.writes - written - 1)) : T(1);
           k_.axpy(decay, dnew + place * width, width, drow);
         }
-        state.step = int32_t(written_ + 1);
+        state.step = int32_t(written + 1);
         state.written = true;
         g_rows_[g] = drow;
         if (open) {
@@ -165,52 +169,25 @@ class BackwardScan {
     return row_id_[slot] = int32_t(row_step_.size());
   }
 
-  // ---- K1: t of every list entry ------------------------------------------------------------------------------------
-  void key_directions(const Step& step) {
-    const int64_t half = s_.keys.half_width, topk = s_.topk, open_bytes = (half + 7) / 8;
-    const uint8_t* open =
-        !o_.clips() ? nullptr
-                    : saved_.open_keys.template const_data_ptr<uint8_t>() + written_ * (key_count_ / half) * open_bytes;
-    torch::stable::parallel_for(0, key_count_ / half, 64, [&](int64_t begin, int64_t end) {
-      for (int64_t j = begin; j < end; ++j)
-        for (int64_t c = 0; c < half; ++c)
-          theta_[j * half + c] =
-              !open || (open[j * open_bytes + c / 8] >> (c % 8) & 1) ? T(-o_.lr) * dkeys_[j * half + c] : T(0);
-    });
-    t_.resize(m_ * 2 * view_.reads);
-    torch::stable::parallel_for(0, m_ * 2 * s_.keys.heads, 16, [&](int64_t begin, int64_t end) {
-      std::vector<const T*> thetas(topk), keys(topk);
-      for (int64_t list = begin; list < end; ++list) {
-        for (int64_t r = 0; r < topk; ++r) {
-          const int64_t at = view_.sub_key_of(list * topk + r, ids_) * half;
-          thetas[r] = theta_.data() + at;
-          keys[r] = keys_ + at;
-        }
-        T* t = t_.data() + list * topk;
-        const bool idw = o_.score == Score::kIdw;
-        k_.dots(thetas.data(), idw ? keys.data() : nullptr, topk, view_.query_of(step, list * topk), half, t);
-        if (idw)
-          for (int64_t r = 0; r < topk; ++r) t[r] *= 2 * std::exp(list_scores_[list * topk + r]);
-      }
-    });
-  }
-
   // ---- B1: one token, its rows and its rows of g --------------------------------------------------------------------
-  void token_part(const Step& step, bool second_order, bool mem) {
-    const int64_t n = view_.reads, width = s_.width;
-    a_.resize(m_ * n);
-    dz_.resize(m_ * n);
-    delta_.resize(m_ * width);
-    if (mem) sigma_memory_.assign(m_ * n, T(0));
+  // mem: the memory loss moved the sub-keys; t: of every list entry, if the gradient comes back through that
+  void token_part(const SavedStep<T>& saved, bool mem, const std::vector<T>* t_of_entry) {
+    const Step& step = saved.step;
+    const int64_t n = view_.reads, width = s_.width, m = saved.m;
+    const bool second_order = t_of_entry;
+    a_.resize(m * n);
+    dz_.resize(m * n);
+    delta_.resize(m * width);
+    sigma_memory_.assign(mem ? m * n : 0, T(0));
     if (second_order) {
-      y_.assign(m_ * n, T(0));
-      e_.resize(m_ * width);
+      y_.assign(m * n, T(0));
+      e_.resize(m * width);
     }
     const T *dout = pointer<T>(grads_.out), *dweights = pointer<T>(grads_.weights),
             *dlosses = pointer<T>(grads_.losses);
     T* dtarget = result_.target.mutable_data_ptr<T>();
     T* dgate = result_.loss_weights.mutable_data_ptr<T>();
-    torch::stable::parallel_for(0, m_, 8, [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, m, 8, [&](int64_t begin, int64_t end) {
       std::vector<const T*> rows(n), g_rows(n);
       std::vector<T> z(n), g_weights(n), da(n), dots(n), tr(n), b(n), err(width), e(width), de(width), extra(width);
       std::vector<T> decayed(rows_.needs_scratch() ? n * width : 0);
@@ -218,11 +195,12 @@ class BackwardScan {
         const Token token = view_.token(step, t);
         T *a = a_.data() + t * n, *dz = dz_.data() + t * n, *delta = delta_.data() + t * width;
         for (int64_t r = 0; r < n; ++r) {
-          const int64_t list = (t * s_.keys.heads + r / s_.topk) * 2 * s_.topk, place = places_[t * n + r];
-          z[r] = list_scores_[list + place / s_.topk] + list_scores_[list + s_.topk + place % s_.topk];
-          rows[r] = rows_.row(slots_[t * n + r], read_from_[t * n + r], written_, !step.writes,
+          const int64_t list = (t * s_.keys.heads + r / s_.topk) * 2 * s_.topk, place = saved.places[t * n + r];
+          z[r] = saved.list_scores[list + place / s_.topk] + saved.list_scores[list + s_.topk + place % s_.topk];
+          rows[r] = rows_.row(slots_[t * n + r], saved.read_from[t * n + r], saved.written, !step.writes,
                               decayed.empty() ? nullptr : decayed.data() + r * width);
-          if (second_order) tr[r] = t_[list + place / s_.topk] + t_[list + s_.topk + place % s_.topk];
+          if (second_order)
+            tr[r] = (*t_of_entry)[list + place / s_.topk] + (*t_of_entry)[list + s_.topk + place % s_.topk];
         }
         read_weights(o_.activation, T(o_.temperature), z.data(), n, a);
         const bool own = token.x >= step.own;
@@ -290,135 +268,27 @@ class BackwardScan {
   }
 
   // ---- B2: one row, its reads in token order ------------------------------------------------------------------------
-  void row_part(const Step& step, bool second_order) {
+  void row_part(const SavedStep<T>& saved, bool second_order) {
     const int64_t n = view_.reads, width = s_.width;
     // Rows whose gradient somebody will read: those an earlier chunk wrote, and all when d(values) is wanted.
     for (const auto& group : slot_lists_.groups())
-      if ((need_dvalues_ || read_from_[group.first] >= 0) && !row_id_[group.key]) new_row_id(group.key, -1);
+      if ((need_dvalues_ || saved.read_from[group.first] >= 0) && !row_id_[group.key]) new_row_id(group.key, -1);
     slot_lists_.for_each<T>(
         width, [&](int32_t i) { return delta_.data() + i / n * width; }, [&](int32_t i) { return a_[i]; },
         [&](const OrderedLists::Group& group, const auto& rows, const auto& weights, T* sum) {
-          if (!need_dvalues_ && read_from_[group.first] < 0) return;
+          if (!need_dvalues_ && saved.read_from[group.first] < 0) return;
           const int32_t id = row_id_[group.key] - 1;
           T* drow = drows_.get() + id * width;
           RowState& state = row_step_[id];
           k_.weighted_sum(rows.data(), nullptr, weights.data(), int64_t(rows.size()), width, sum);
           if (second_order)
             for (int32_t i = group.first; i >= 0; i = slot_lists_.next(i))
-              if (view_.has_pair(step, view_.token(step, i / n))) k_.axpy(y_[i], e_.data() + i / n * width, width, sum);
+              if (view_.has_pair(saved.step, view_.token(saved.step, i / n)))
+                k_.axpy(y_[i], e_.data() + i / n * width, width, sum);
           if (state.step >= 0) k_.axpy(T(o_.keep()), drow, width, sum);  // memory_gradient brought it to this write
           std::memcpy(drow, sum, width * sizeof(T));
-          state.step = int32_t(written_);
+          state.step = int32_t(saved.written);
         });
-  }
-
-  // ---- K2, K3: d(query) and d(sub_keys) from alpha and beta of every list entry -------------------------------------
-  void key_part(const Step& step, bool keys_gradient, bool mem) {
-    const int64_t topk = s_.topk, half = s_.keys.half_width, lists = m_ * 2 * s_.keys.heads, entries = lists * topk;
-    const bool idw = o_.score == Score::kIdw;
-    const T* daddressing = pointer<T>(grads_.addressing_loss);
-    const T daddress = daddressing && step.writes ? daddressing[written_] : T(0);
-    sigma_.assign(entries, T(0));
-    dsub_.assign(entries, T(0));
-    if (step.writes && o_.addressing_weight != 0 && (keys_gradient || daddress != 0))
-      addressing_part(step, keys_gradient, daddress);
-    for (int64_t i = 0; i < m_ * view_.reads; ++i) {  // what the reads say, onto the two list places of each
-      const int64_t list = i / topk * 2 * topk, p0 = list + places_[i] / topk, p1 = list + topk + places_[i] % topk;
-      dsub_[p0] += dz_[i];
-      dsub_[p1] += dz_[i];
-      if (mem) sigma_[p0] += sigma_memory_[i], sigma_[p1] += sigma_memory_[i];
-    }
-    // now sigma becomes alpha, dsub becomes beta
-    torch::stable::parallel_for(0, entries, 4096, [&](int64_t begin, int64_t end) {
-      for (int64_t l = begin; l < end; ++l) {
-        const T slope = idw ? 2 * std::exp(list_scores_[l]) : T(1);
-        if (idw && keys_gradient) dsub_[l] += sigma_[l] * t_[l];
-        dsub_[l] *= slope;
-        sigma_[l] *= slope;
-      }
-    });
-    T* dquery = result_.query.mutable_data_ptr<T>();
-    torch::stable::parallel_for(0, lists, 16, [&](int64_t begin, int64_t end) {
-      std::vector<const T*> keys(topk), thetas(topk);
-      std::vector<T> sum(half);
-      for (int64_t list = begin; list < end; ++list) {
-        const T* q = view_.query_of(step, list * topk);
-        for (int64_t r = 0; r < topk; ++r) {
-          const int64_t at = view_.sub_key_of(list * topk + r, ids_) * half;
-          keys[r] = keys_ + at;
-          thetas[r] = theta_.data() + at;
-        }
-        T* dq = dquery + (q - view_.query);
-        k_.weighted_sum(keys.data(), idw ? q : nullptr, dsub_.data() + list * topk, topk, half, sum.data());
-        k_.axpy(T(1), sum.data(), half, dq);
-        if (keys_gradient) {
-          k_.weighted_sum(thetas.data(), nullptr, sigma_.data() + list * topk, topk, half, sum.data());
-          k_.axpy(T(1), sum.data(), half, dq);
-        }
-      }
-    });
-    key_lists_.build(entries, [&](int32_t l) { return view_.sub_key_of(l, ids_); });
-    if (step.writes && o_.decays()) k_.scaled(dkeys_, T(o_.keep()), 1, key_count_, dkeys_);
-    key_lists_.for_each<T>(
-        half, [&](int32_t l) { return view_.query_of(step, l); }, [&](int32_t l) { return dsub_[l]; },
-        [&](const OrderedLists::Group& group, const auto& rows, const auto& beta, T* sum) {
-          const int64_t at = group.key * half;
-          k_.weighted_sum(rows.data(), idw ? keys_ + at : nullptr, beta.data(), int64_t(rows.size()), half, sum);
-          k_.axpy(T(1), sum, half, dkeys_ + at);
-          if (!idw || !keys_gradient) return;
-          T total = 0;
-          for (int32_t l = group.first; l >= 0; l = key_lists_.next(l)) total += sigma_[l];
-          k_.axpy(-total, theta_.data() + at, half, dkeys_ + at);
-        });
-    dkeys_known_zero_ = dkeys_known_zero_ && entries == 0;
-  }
-
-  // K2: sigma of the addressing loss, and its Hessian times t (the change of the step with the scores).
-  void addressing_part(const Step& step, bool keys_gradient, T daddress) {
-    const Addressing<T> address(view_, step, ids_, list_scores_);
-    if (!address.rows()) return;
-    const int64_t topk = s_.topk, lists = m_ * 2 * s_.keys.heads;
-    const double factor = o_.addressing_weight / double(address.rows());
-    const std::vector<double> u = address.slope();
-    std::vector<double> dmean(2 * s_.keys.sub_keys, 0.0);
-    std::vector<T> centred(keys_gradient ? lists * topk : 0);  // t - sum P t
-    if (keys_gradient) {
-      std::vector<T> pt(lists * topk);
-      torch::stable::parallel_for(0, lists, 64, [&](int64_t begin, int64_t end) {
-        for (int64_t list = begin; list < end; ++list) {
-          const T *p = address.p().data() + list * topk, *t = t_.data() + list * topk;
-          T mean = 0;
-          for (int64_t r = 0; r < topk; ++r) mean += p[r] * t[r];
-          for (int64_t r = 0; r < topk; ++r) {
-            centred[list * topk + r] = t[r] - mean;
-            pt[list * topk + r] = p[r] * (t[r] - mean);
-          }
-        }
-      });
-      address.accumulate(pt, factor, dmean);
-      const std::vector<double> curvature = address.curvature();
-      for (size_t j = 0; j < dmean.size(); ++j) dmean[j] *= curvature[j];
-    }
-    torch::stable::parallel_for(0, lists, 64, [&](int64_t begin, int64_t end) {
-      std::vector<double> u_centred(topk), dp(topk);
-      for (int64_t list = begin; list < end; ++list) {
-        const T* p = address.p().data() + list * topk;
-        double mean = 0, dmean_p = 0;
-        for (int64_t r = 0; r < topk; ++r) mean += double(p[r]) * u[address.table_at(list * topk + r)];
-        for (int64_t r = 0; r < topk; ++r) {
-          u_centred[r] = u[address.table_at(list * topk + r)] - mean;
-          dp[r] = !keys_gradient ? 0.0
-                                 : factor * double(centred[list * topk + r]) * u_centred[r] +
-                                       dmean[address.table_at(list * topk + r)] / double(address.rows());
-          dmean_p += double(p[r]) * dp[r];
-        }
-        for (int64_t r = 0; r < topk; ++r) {
-          const double sigma = factor * double(p[r]) * u_centred[r];
-          sigma_[list * topk + r] = keys_gradient ? T(sigma) : T(0);
-          dsub_[list * topk + r] = T(double(p[r]) * (dp[r] - dmean_p) + double(daddress) * sigma);
-        }
-      }
-    });
   }
 
   // d(initial values): one row per read of the call; a slot's gradient stands at its first read, zeros at the others.
@@ -427,11 +297,9 @@ class BackwardScan {
     int64_t* slots = result_.value_slots.mutable_data_ptr<int64_t>();
     int64_t at = 0;
     for (const Step& step : s_.steps) {
-      const int64_t before = s_.batch * step.tokens_before;
-      ids_ = saved_.list_indices.template const_data_ptr<int32_t>() + before * 2 * view_.reads;
-      places_ = saved_.places.template const_data_ptr<int32_t>() + before * view_.reads;
-      for (int64_t i = 0; i < s_.batch * step.tokens() * view_.reads; ++i, ++at) {
-        slots[at] = slot_of(i);
+      const SavedStep<T> saved = saved_step(step, 0);
+      for (int64_t i = 0; i < saved.m * view_.reads; ++i, ++at) {
+        slots[at] = slot_of(saved, i);
         T* row = rows + at * s_.width;
         int32_t& id = row_id_[slots[at]];
         if (id > 0) {  // only once
@@ -462,23 +330,17 @@ class BackwardScan {
   const bool need_dvalues_;
   ScanInputGradients& result_;
   const T* sub_keys_;
+  const int64_t key_count_;
   const RowReader<T> rows_;
-  OrderedLists slot_lists_, key_lists_;
+  KeyGradients<T> keys_;
+  OrderedLists slot_lists_;
   ZeroedTable row_id_;              // slot -> its gradient row + 1
   std::unique_ptr<T, Free> drows_;  // [distinct slots, V]
   std::vector<RowState> row_step_;  // of each gradient row
-  T* dkeys_ = nullptr;              // [H, 2, P, K/2] gradient of the sub-keys after (then before) the current write
-  bool dkeys_known_zero_ = true;
-  std::vector<T> theta_;  // [H, 2, P, K/2]
-  int64_t key_count_ = 0;
   // of the current step
-  int64_t m_ = 0, written_ = 0, first_place_ = 0;
-  const int32_t *ids_ = nullptr, *places_ = nullptr, *read_from_ = nullptr;
-  const T *list_scores_ = nullptr, *keys_ = nullptr;
   std::vector<int32_t> slots_, group_of_read_;  // [m, H, R]
   std::vector<const T*> g_rows_;                // [groups]
   std::vector<T> g_scale_, open_rows_;          // [groups], [groups, V]
-  std::vector<T> t_, sigma_, dsub_;             // [m, H, 2, R]
   std::vector<T> a_, dz_, y_, sigma_memory_;    // [m, H, R]
   std::vector<T> delta_, e_;                    // [m, V]
 };

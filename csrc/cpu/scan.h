@@ -176,6 +176,13 @@ class Addressing {
     for (double& x : u) x = 1 / (x + kLogFloor) + kLogFloor / ((x + kLogFloor) * (x + kLogFloor));
     return u;
   }
+  // u~ of one list: u less its mean under P
+  void centre(int64_t list, const std::vector<double>& u, double* centred) const {
+    const int64_t topk = v_.o.topk;
+    double mean = 0;
+    for (int64_t r = 0; r < topk; ++r) mean += double(p_[list * topk + r]) * u[table_at(list * topk + r)];
+    for (int64_t r = 0; r < topk; ++r) centred[r] = u[table_at(list * topk + r)] - mean;
+  }
   // table[p, j] = scale * sum of x over the list entries of sub-key j, tokens in turn (heads share the table)
   void accumulate(const std::vector<T>& x, double scale, std::vector<double>& table) const {
     const int64_t entries = int64_t(x.size()), topk = v_.o.topk, sub_keys = v_.s.keys.sub_keys;

@@ -1,5 +1,6 @@
 // The vectorised loops of the CPU backend, as a table of functions. The same source (vector_impl.h) is compiled once
-// per instruction set; `kernels<T>()` is the table for the machine we run on (measured: docs/cpu-vectors.md).
+// per instruction set; `kernels<T>()` is the table for the machine we run on (measured:
+// bench/results/cpu_capability.json).
 //
 // Every sum over a row has one order, whatever the instruction set, the tile or the number of tokens: lane l of a
 // 64-byte vector adds the elements l, l + lanes, l + 2*lanes, ... in turn, then the lanes are folded in halves.

@@ -48,7 +48,7 @@ def product_key_topk(query, sub_keys, topk, score="dot", eps=1e-3):
     ("idw"). Exact ties go to the smaller sub-key, then to the smaller slot. 1 <= topk <= P. Differentiable once with
     respect to query and sub_keys (the slots are constants).
 
-    Equivalent to `reference.product_key_topk`. SEMANTICS 2."""
+    Equivalent to `reference.product_key_topk`; docs/mathematics.md, section 2."""
     return _ops.product_key_topk(query, sub_keys, topk, score, eps)
 
 
@@ -116,7 +116,7 @@ def chunk_scan(
     Memory: the log new_rows has one row per read, B*T*H*R*V numbers, of which only the touched ones are ever written
     with a row; plus one copy of sub_keys per write.
 
-    Equivalent to `reference.chunk_scan`. SEMANTICS 2-6."""
+    Equivalent to `reference.chunk_scan`; docs/mathematics.md, sections 2 to 5."""
     result = _ops.chunk_scan(
         values, sub_keys, query, target, loss_weights, mask, topk, chunk_size, lookahead, score, eps, activation,
         temperature, lr, weight_decay, grad_clip, write_rule, values_only, addressing_weight, boundary, carried, flush,
@@ -383,10 +383,11 @@ def _scan_setup(ctx, inputs, output):
 
 
 def _scan_backward(ctx, dout, _, dweights, dlosses, daddressing_loss, dnew_rows, __, dnew_sub_keys, *___):
-    values = ctx.saved_tensors[0]
+    saved = ctx.saved_tensors  # once: activation checkpointing computes it again at every access
+    values, loss_weights = saved[0], saved[4]
     need_dvalues = ctx.needs_input_grad[0]
     dquery, dtarget, dloss_weights, dsub_keys, slots, rows = _ops.chunk_scan_backward(
-        dout, dweights, dlosses, daddressing_loss, dnew_rows, dnew_sub_keys, *ctx.saved_tensors, *ctx.options,
+        dout, dweights, dlosses, daddressing_loss, dnew_rows, dnew_sub_keys, *saved, *ctx.options,
         need_dvalues,
     )  # fmt: skip
     dvalues = None
@@ -394,7 +395,7 @@ def _scan_backward(ctx, dout, _, dweights, dlosses, daddressing_loss, dnew_rows,
         dvalues = torch.sparse_coo_tensor(slots.unsqueeze(0), rows, values.shape, check_invariants=False)
     elif need_dvalues:
         dvalues = torch.zeros_like(values).index_add_(0, slots, rows)
-    if ctx.saved_tensors[4] is None:
+    if loss_weights is None:
         dloss_weights = None
     return dvalues, dsub_keys, dquery, dtarget, dloss_weights, *[None] * (len(ctx.options) + 2)
 

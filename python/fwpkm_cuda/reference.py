@@ -72,18 +72,31 @@ def value_gather(values, indices, weights):
 
 
 # ------------------------------------------------------------------------------------------------------------ write
-def value_gradient(values, reads, weights, error, counted, pairs, num_samples, write_rule):
-    """G[s] = kappa / max(N_read(s), 1) * sum_{x,r: slot = s} a[x,r] e[x],  e = w (out - target).
+def memory_error(out, target, loss_weights=None, mask=None, lookahead=1):
+    """e_x = w_x (out_x - target_{x+L}) and l_x = w_x |out_x - target_{x+L}|^2 / V, with w_x = mask_x loss_weight_x.
 
-    reads.indices, weights (B,n,H,R); error (B,n,V); counted (n,) tokens whose reads N_read counts; pairs = M,
-    num_samples = N. kappa = 1 ("paper") or (N/M) R H ("release"); G = 0 when M = 0."""
-    heads, topk = weights.shape[-2:]
-    slots = reads.indices.flatten()
-    counts = torch.bincount(reads.indices[:, counted].flatten(), minlength=values.shape[0])
-    kappa = 0.0 if pairs == 0 else 1.0 if write_rule == "paper" else num_samples / pairs * topk * heads
-    moved = (weights.flatten(-2).unsqueeze(-1) * error.unsqueeze(-2)).reshape(-1, values.shape[1])
-    total = torch.zeros_like(values).index_add(0, slots, moved)
-    return kappa / counts.clamp(min=1).to(values.dtype).unsqueeze(-1) * total
+    out, target (B,n,V) -> e (B,u,V), l (B,u) of the u = max(n - L, 0) pairs, and how many of them the mask keeps"""
+    u = max(out.shape[1] - lookahead, 0)
+    difference = out[:, :u] - target[:, lookahead:]
+    w = torch.ones_like(difference[..., 0])
+    if mask is not None:  # a masked token may have anything, NaN too, for a target
+        w = w * mask[:, :u]
+        difference = difference.masked_fill(~mask[:, :u, None], 0)
+    counting = int(w.count_nonzero())
+    if loss_weights is not None:
+        w = w * loss_weights[:, :u]
+    return w.unsqueeze(-1) * difference, w * difference.square().mean(-1), counting
+
+
+def value_gradient(values, reads, weights, error, counted, kappa):
+    """G[s] = kappa / max(N_read(s), 1) * sum_{x,r: slot = s} a[x,r] e[x].
+
+    reads.indices, weights (B,n,H,R); error (B,u,V) of the first u tokens; N_read counts reads of tokens `counted`"""
+    u = error.shape[1]
+    moved = weights[:, :u].flatten(-2).unsqueeze(-1) * error.unsqueeze(-2)  # (B, u, H*R, V)
+    total = torch.zeros_like(values).index_add(0, reads.indices[:, :u].flatten(), moved.reshape(-1, values.shape[1]))
+    read_counts = torch.bincount(reads.indices[:, counted].flatten(), minlength=values.shape[0])
+    return kappa / read_counts.clamp(min=1).to(values.dtype).unsqueeze(-1) * total
 
 
 def addressing_loss(reads, num_sub_keys, weight):
@@ -140,74 +153,49 @@ def chunk_scan(
     tokens of the chunk before it, so that none is lost; they are not counted in N_read again.
     Per chunk of n own tokens, U = its pairs, M = |U|, N = B*n (with a mask: its true entries in U):
 
-        memory loss      l_x = mask_x loss_weight_x |out_x - target_{x+L}|^2 / V
-        values           V <- V - lr (clip(G) + weight_decay V),  G of `value_gradient`
-        sub-keys         K <- K - lr (clip(dA/dK) + weight_decay K),  A = addressing loss over all tokens of the chunk
-                         ("carry": over U); values_only=False: A + sum l_x / (2M), values constant in it
+        values     V <- V - lr (clip(G) + weight_decay V),  G of `value_gradient` with kappa = 1 ("paper") or N/M R H
+                   ("release"), 0 without pairs
+        sub-keys   K <- K - lr (clip(dA/dK) + weight_decay K),  A = addressing loss over all tokens of the chunk
+                   ("carry": over U); values_only=False: A + sum l_x / (2M), values constant in it
 
     carried: how many leading tokens belong to the chunk before (only "carry"); they get no row in out, indices and
     weights. flush=False leaves a partial last chunk read but unwritten. Gradients of all outputs are exact."""
-    B, T = query.shape[:2]
-    P, L = sub_keys.shape[2], lookahead
-    options = dict(lr=lr, weight_decay=weight_decay, grad_clip=grad_clip)
+    (B, T), P, L = query.shape[:2], sub_keys.shape[2], lookahead
     if boundary == "carry" and L > chunk_size:
         raise ValueError(f"lookahead: expected at most chunk_size = {chunk_size} with boundary 'carry', got {L}")
+    optimizer = dict(lr=lr, weight_decay=weight_decay, grad_clip=grad_clip)
     differentiable = torch.is_grad_enabled()
     parts, addressing = [], []
-    start = carried
-    while start < T:
+    for start in range(carried, max(T, carried + 1), chunk_size):  # at least once, so that outputs have their shapes
         stop = min(start + chunk_size, T)
-        writes = flush or stop - start == chunk_size
-        extra = (carried if start == carried else L if boundary == "carry" else 0) if writes else 0
-        span = slice(start - extra, stop)  # the tokens this chunk reads
-        u = max(stop - start + extra - L, 0) if writes else 0  # of which the first u have a pair
-        with torch.enable_grad():
+        writes = start < stop and (flush or stop - start == chunk_size)
+        again = 0 if not writes else carried if start == carried else L if boundary == "carry" else 0
+        q, t, g, m = (None if x is None else x[:, start - again : stop] for x in (query, target, loss_weights, mask))
+        with torch.enable_grad():  # the sub-keys' gradient is autograd's, also under no_grad
             keys = sub_keys if sub_keys.requires_grad else sub_keys.detach().requires_grad_()
-            reads = product_key_topk(query[:, span], keys, topk, score, eps)
+            reads = product_key_topk(q, keys, topk, score, eps)
             weights = read_weights(reads.scores, activation, temperature)
             out = value_gather(values, reads.indices.flatten(-2), weights.flatten(-2))
-            w = torch.ones(B, u, dtype=values.dtype, device=values.device)
-            if mask is not None:
-                w = w * mask[:, span][:, :u]
-            num_samples = B * (stop - start) if mask is None else int(mask[:, span][:, :u].sum())
-            if loss_weights is not None:
-                w = w * loss_weights[:, span][:, :u]
-            difference = out[:, :u] - target[:, span][:, L : L + u]
-            if mask is not None:  # a masked token may have anything, NaN too, for a target
-                difference = difference.masked_fill(~mask[:, span][:, :u, None], 0)
-            losses = w * difference.square().mean(-1)
-            rows = slice(0, u) if boundary == "carry" else slice(0, stop - start + extra)
-            address = Reads(*(x[:, rows] for x in reads))
-            address_loss = addressing_loss(address, P, addressing_weight)
-            key_loss = address_loss if addressing_weight else sub_keys.new_zeros(())
-            if not values_only and u and B:  # the values are constant for this loss, but not for its gradient
-                key_loss = key_loss + losses.sum() / (2 * B * u)
+            error, losses, counting = memory_error(out, t, g, m, L if writes else t.shape[1])
             if writes:
-                (key_gradient,) = (
-                    torch.autograd.grad(
-                        key_loss, keys, create_graph=differentiable, allow_unused=True, materialize_grads=True
-                    )
-                    if key_loss.requires_grad
-                    else (torch.zeros_like(sub_keys),)
-                )
-                error = torch.cat((w.unsqueeze(-1) * difference, torch.zeros_like(out[:, u:])), 1)
-                value_grad = value_gradient(
-                    values, reads, weights, error, slice(extra, None), B * u, num_samples, write_rule
-                )
-        if not differentiable:
-            out, weights, losses, address_loss = (x.detach() for x in (out, weights, losses, address_loss))
-        parts.append((out[:, extra:], reads.indices[:, extra:], weights[:, extra:], losses))
+                pairs = losses.numel()
+                rows = slice(losses.shape[1] if boundary == "carry" else None)
+                address_loss = addressing_loss(Reads(*(x[:, rows] for x in reads)), P, addressing_weight)
+                key_loss = address_loss + 0 * keys.sum()  # so that it has a gradient in any case
+                if not values_only and pairs:
+                    values_constant = losses.sum() / (2 * pairs)  # autograd is asked for the sub-keys alone
+                    key_loss = key_loss + values_constant
+                (key_gradient,) = torch.autograd.grad(key_loss, keys, create_graph=differentiable)
+                kappa = 1.0 if write_rule == "paper" else topk * q.shape[2] / max(pairs, 1)
+                if write_rule == "release":
+                    kappa *= B * (stop - start) if mask is None else counting
+                gradient = value_gradient(values, reads, weights, error, slice(again, None), kappa if pairs else 0.0)
+        result = (out[:, again:], reads.indices[:, again:], weights[:, again:], losses)
+        parts.append(result if differentiable else [x.detach() for x in result])
         if writes:
-            if not differentiable:
-                key_gradient, value_grad = key_gradient.detach(), value_grad.detach()
-            addressing.append(address_loss)
-            values = step(values, value_grad, **options)
-            sub_keys = step(sub_keys, key_gradient, **options)
-        start = stop
-    if not parts:  # no tokens at all
-        H, V = sub_keys.shape[0], values.shape[1]
-        none = values.new_zeros(B, 0, H, topk)
-        parts.append((values.new_zeros(B, 0, V), none.long(), none, values.new_zeros(B, 0)))
+            addressing.append(address_loss if differentiable else address_loss.detach())
+            values = step(values, gradient if differentiable else gradient.detach(), **optimizer)
+            sub_keys = step(sub_keys, key_gradient, **optimizer)
     joined = [torch.cat(x, 1) for x in zip(*parts, strict=True)]
     return Scan(*joined, torch.stack(addressing) if addressing else values.new_zeros(0), values, sub_keys)
 
