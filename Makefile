@@ -1,4 +1,4 @@
-# make demo | build | test | test-full | lint | format | wheel | test-matrix | clean
+# make demo | build | test | test-full | sanitize | lint | format | wheel | test-matrix | clean
 # Everything runs in the virtual environment .venv, which is made on first use and renewed when its inputs change.
 #   PYTHON=python3.12       the Python it is made from (3.10 or newer)
 #   TORCH=torch==2.11.0     the PyTorch it gets, in the words of pip install
@@ -22,7 +22,7 @@ SETTINGS = $(PYTHON) $(TORCH) $(BUILD_TOOLS) $(EXTRAS)
 BUILD_VARIABLES = CXX CXXFLAGS CMAKE_ARGS $(filter-out FWPKM_TEST_FULL FWPKM_CPU_CAPABILITY,$(filter FWPKM_%,$(.VARIABLES)))
 BUILD_SETTINGS = $(foreach name,$(sort $(BUILD_VARIABLES)),$(name)=$($(name)))
 
-.PHONY: demo build test test-full lint format wheel test-matrix clean FORCE
+.PHONY: demo build test test-full sanitize lint format wheel test-matrix clean FORCE
 .DELETE_ON_ERROR:
 
 demo: $(BUILD)
@@ -35,7 +35,11 @@ test: $(BUILD)
 	$(BIN)/python -m pytest tests -q
 
 test-full: $(BUILD)
-	FWPKM_TEST_FULL=1 $(BIN)/python -m pytest tests -q
+	FWPKM_TEST_FULL=1 FWPKM_HYPOTHESIS_EXAMPLES=2000 $(BIN)/python -m pytest tests -q -rs
+	$(MAKE) sanitize
+
+sanitize: $(BUILD)
+	PATH="$(abspath $(BIN)):$$PATH" scripts/sanitize.sh $(BIN)/python
 
 lint: $(ENVIRONMENT)
 	$(BIN)/ruff check .

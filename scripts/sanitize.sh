@@ -19,7 +19,9 @@ cp python/fwpkm_cuda/*.py build/sanitize/python/fwpkm_cuda/
 cmake --install build/sanitize --prefix build/sanitize/python
 
 compiler=${CXX:-c++}
+sanitizers="$($compiler -print-file-name=libasan.so) $($compiler -print-file-name=libubsan.so)"
+export PYTHONPATH=build/sanitize/python PYTHONSAFEPATH=1
 # Leaks: the interpreter's own would be reported. Some bad inputs ask for more memory than there is.
-ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
-  LD_PRELOAD="$($compiler -print-file-name=libasan.so) $($compiler -print-file-name=libubsan.so)" \
-  PYTHONPATH=build/sanitize/python PYTHONSAFEPATH=1 "$python" -m pytest -q -p no:cacheprovider "${tests[@]}"
+export ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1
+LD_PRELOAD="$sanitizers" "$python" -c 'import fwpkm_cuda; print("tested:", fwpkm_cuda.library_path())'
+LD_PRELOAD="$sanitizers" "$python" -m pytest -q -p no:cacheprovider "${tests[@]}"

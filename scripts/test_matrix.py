@@ -50,8 +50,9 @@ def run(torch, python, wheel, pytest_arguments, folder):
     try:
         subprocess.check_call([python, "-m", "venv", venv])
         requirement = "torch" if torch == "newest" else f"torch=={torch}"
-        subprocess.check_call([venv / "bin/pip", "install", "-q", requirement, f"{wheel}[test]"])
-        shutil.copytree(ROOT / "tests", folder / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+        subprocess.check_call([venv / "bin/pip", "install", "-q", requirement, f"{wheel}[test,examples]"])
+        for copied in ("tests", "examples"):
+            shutil.copytree(ROOT / copied, folder / copied, ignore=shutil.ignore_patterns("__pycache__"))
         version, cuda, location = ask(venv / "bin/python", FACTS, cwd=folder, env=environment).split(maxsplit=2)
         assert Path(location).is_relative_to(venv), f"tests would run against {location}"
         begin = time.monotonic()

@@ -3,6 +3,7 @@
 // Both run the same code. chunk_scan puts new rows into a log and leaves the memory alone; chunk_scan_ puts them where
 // the old ones were. Formulas: reference.py; saved state for the backward pass: chunk_scan_backward.cpp.
 #include <cstring>
+#include <limits>
 
 #include <torch/csrc/stable/library.h>
 
@@ -50,15 +51,16 @@ class ForwardScan {
       lists_scratch_.resize(most * 2 * view_.reads);
       scores_scratch_.resize(most * 2 * view_.reads);
       places_scratch_.resize(most * view_.reads);
-      if (o_.decays()) other_keys_.resize(key_count_);
+      if (o_.keys_move()) other_keys_.resize(key_count_);
     }
     if (!in_place_) std::fill_n(out_.new_slots.mutable_data_ptr<int32_t>(), s_.places(), -1);
     for (const Step& step : s_.steps) {
       if (!step.writes && !in_place_) finish_rows();
       read(step);
       if (step.writes) {
+        make_keys(step);  // aside; nothing of a chunk is written before all of it is known to be finite
         write_values(step);
-        write_keys(step);
+        write_keys();
         ++written_;
       }
     }
@@ -184,46 +186,101 @@ class ForwardScan {
   // ---- write: one owner per slot that was read ----------------------------------------------------------------------
   void write_values(const Step& step) {
     const int64_t m = s_.batch * step.tokens(), n = view_.reads, offset = first_place(step);
-    lists_.build(m * n, [&](int32_t i) { return slots_[i]; });
-    if (in_place_ && o_.decays())
-      torch::stable::parallel_for(0, s_.slots, 64, [&](int64_t begin, int64_t end) {
-        for (int64_t slot = begin; slot < end; ++slot)
-          k_.scaled(values_ + slot * s_.width, T(o_.keep()), 1, s_.width, values_ + slot * s_.width);
-      });
     const double scale = view_.write_scale(step);
+    lists_.build(m * n, [&](int32_t i) { return slots_[i]; });
+    const auto error_of = [&](int32_t i) -> const T* {
+      const Token token = view_.token(step, i / n);
+      return view_.has_pair(step, token) ? errors_.data() + (token.b * step.pairs + token.i) * s_.width : nullptr;
+    };
+    const auto weight_of = [&](int32_t i) { return weights_[i]; };
+    // The slot's row after this write; `scratch` of 2*V.
+    const auto step_row = [&](const OrderedLists::Group& group, const auto& errors, const auto& weights, T* scratch,
+                              const T* old, T* next, uint8_t* open) {
+      k_.weighted_sum(errors.data(), nullptr, weights.data(), int64_t(errors.size()), s_.width, scratch);
+      k_.step(old, scratch, T(view_.gamma(step, scale, lists_, group)), T(o_.lr), T(o_.grad_clip), s_.width, next,
+              open);
+    };
+    const auto old_row = [&](int32_t slot, T* scratch) {
+      return rows_.row(slot, in_place_ ? -1 : newest_[slot] - 1, in_place_ ? 1 : written_ + 1, false, scratch);
+    };
+
+    if (may_overflow(step, scale)) {
+      std::atomic<int32_t> odd{-1};
+      lists_.for_each<T>(2 * s_.width, error_of, weight_of,
+                         [&](const auto& group, const auto& errors, const auto& weights, T* scratch) {
+                           T* row = scratch + s_.width;
+                           step_row(group, errors, weights, scratch, old_row(group.key, row), row, nullptr);
+                           if (!k_.all_finite(row, s_.width)) odd = group.key;
+                         });
+      STD_TORCH_CHECK(odd < 0, "values: expected finite rows after the write of chunk ", written_,
+                      ", got an overflow at slot ", odd.load(), "; lr, weight_decay or the targets are too large");
+    }
+    if (in_place_) {
+      if (o_.decays()) decay_values();
+      lists_.for_each<T>(s_.width, error_of, weight_of,
+                         [&](const auto& group, const auto& errors, const auto& weights, T* scratch) {
+                           T* row = values_ + group.key * s_.width;
+                           step_row(group, errors, weights, scratch, row, row, nullptr);
+                         });
+      return;
+    }
     const int64_t open_bytes = (s_.width + 7) / 8;
-    int32_t* new_slots = in_place_ ? nullptr : out_.new_slots.mutable_data_ptr<int32_t>();
-    uint8_t* open = !in_place_ && o_.clips() ? out_.open_rows.mutable_data_ptr<uint8_t>() : nullptr;
-    lists_.for_each<T>(
-        2 * s_.width,
-        [&](int32_t i) -> const T* {
-          const Token token = view_.token(step, i / n);
-          return view_.has_pair(step, token) ? errors_.data() + (token.b * step.pairs + token.i) * s_.width : nullptr;
-        },
-        [&](int32_t i) { return weights_[i]; },
-        [&](const OrderedLists::Group& group, const auto& rows, const auto& weights, T* sum) {
-          T* decayed = sum + s_.width;
-          k_.weighted_sum(rows.data(), nullptr, weights.data(), int64_t(rows.size()), s_.width, sum);
-          const T gamma = T(view_.gamma(step, scale, lists_, group));
-          const T lr = T(o_.lr), clip = T(o_.grad_clip);
-          if (in_place_) {
-            T* row = values_ + group.key * s_.width;
-            k_.step(row, sum, gamma, lr, clip, s_.width, row, nullptr);
-            return;
-          }
-          const int64_t place = offset + group.first;
-          const int32_t old = newest_[group.key] - 1;
-          k_.step(rows_.row(group.key, old, written_ + 1, false, decayed), sum, gamma, lr, clip, s_.width,
-                  log_ + place * s_.width, open ? open + place * open_bytes : nullptr);
-          if (old >= 0) new_slots[old] = -1;
-          new_slots[place] = group.key;
-          newest_[group.key] = int32_t(place) + 1;
-          // A place without a row must not show what was in the buffer before.
-          for (int32_t i = lists_.next(group.first); i >= 0; i = lists_.next(i)) {
-            std::memset(log_ + (offset + i) * s_.width, 0, s_.width * sizeof(T));
-            if (open) std::memset(open + (offset + i) * open_bytes, 0, open_bytes);
-          }
-        });
+    int32_t* new_slots = out_.new_slots.mutable_data_ptr<int32_t>();
+    uint8_t* open = o_.clips() ? out_.open_rows.mutable_data_ptr<uint8_t>() : nullptr;
+    lists_.for_each<T>(2 * s_.width, error_of, weight_of,
+                       [&](const auto& group, const auto& errors, const auto& weights, T* scratch) {
+                         const int64_t place = offset + group.first;
+                         const T* old = old_row(group.key, scratch + s_.width);
+                         step_row(group, errors, weights, scratch, old, log_ + place * s_.width,
+                                  open ? open + place * open_bytes : nullptr);
+                         if (newest_[group.key]) new_slots[newest_[group.key] - 1] = -1;
+                         new_slots[place] = group.key;
+                         newest_[group.key] = int32_t(place) + 1;
+                         // A place without a row must not show what was in the buffer before.
+                         for (int32_t i = lists_.next(group.first); i >= 0; i = lists_.next(i)) {
+                           std::memset(log_ + (offset + i) * s_.width, 0, s_.width * sizeof(T));
+                           if (open) std::memset(open + (offset + i) * open_bytes, 0, open_bytes);
+                         }
+                       });
+  }
+
+  // False if no element of a row can move by as much as half the last place of the largest number: then a row that is
+  // finite stays so, and need not be looked at.
+  bool may_overflow(const Step& step, double scale) const {
+    if (std::abs(o_.keep()) > 1) return true;
+    double weight = 0, error = 0;
+    for (int64_t i = 0; i < s_.batch * step.tokens() * view_.reads; ++i)
+      weight = std::max(weight, std::abs(double(weights_[i])));
+    const T* losses = out_.losses.const_data_ptr<T>();
+    for (int64_t b = 0; b < s_.batch; ++b)
+      for (int64_t i = 0; i < step.pairs; ++i) {
+        const double w = view_.loss_weight({b, i, step.first + i});
+        error = std::max(error, std::abs(w * double(losses[b * s_.pairs + step.pairs_before + i])) * double(s_.width));
+      }
+    const double sum = double(s_.batch * step.tokens() * view_.reads) * weight * std::sqrt(error);
+    constexpr double kLimit = std::numeric_limits<T>::max() * std::numeric_limits<T>::epsilon() / 4;
+    return !(sum * std::max(1.0, scale) * std::max(1.0, std::abs(o_.lr)) < kLimit);
+  }
+
+  // The one pass over all rows.
+  void decay_values() {
+    const T keep = T(o_.keep());
+    const auto decay = [&](int64_t slot, T* to) { k_.scaled(values_ + slot * s_.width, keep, 1, s_.width, to); };
+    if (std::abs(o_.keep()) > 1) {
+      std::atomic<int64_t> odd{-1};
+      torch::stable::parallel_for(0, s_.slots, 64, [&](int64_t begin, int64_t end) {
+        std::vector<T> row(s_.width);
+        for (int64_t slot = begin; slot < end; ++slot) {
+          decay(slot, row.data());
+          if (!k_.all_finite(row.data(), s_.width)) odd = slot;
+        }
+      });
+      STD_TORCH_CHECK(odd < 0, "values: expected finite rows after the decay of chunk ", written_,
+                      ", got an overflow at slot ", odd.load(), "; lr or weight_decay is too large");
+    }
+    torch::stable::parallel_for(0, s_.slots, 64, [&](int64_t begin, int64_t end) {
+      for (int64_t slot = begin; slot < end; ++slot) decay(slot, values_ + slot * s_.width);
+    });
   }
 
   // Weight decay: the newest rows catch up with the writes since their own.
@@ -237,18 +294,16 @@ class ForwardScan {
     });
   }
 
-  // Where the sub-keys of write number w (1 = first) go.
-  T* keys_after(int64_t w) {
-    if (in_place_) return o_.decays() ? other_keys_.data() : sub_keys_;
-    return w == s_.writes ? out_.new_sub_keys.mutable_data_ptr<T>()
-                          : out_.key_versions.mutable_data_ptr<T>() + (w - 1) * key_count_;
-  }
-
-  void write_keys(const Step& step) {
+  // The sub-keys after this write, computed beside the present ones.
+  void make_keys(const Step& step) {
     const int64_t m = s_.batch * step.tokens(), entries = m * 2 * view_.reads, topk = s_.topk;
     T& loss = out_.addressing_loss.mutable_data_ptr<T>()[written_];
     loss = 0;
+    next_keys_ = keys_;
     if (!o_.keys_move()) return;
+    next_keys_ = in_place_                   ? other_keys_.data()
+                 : written_ + 1 == s_.writes ? out_.new_sub_keys.mutable_data_ptr<T>()
+                                             : out_.key_versions.mutable_data_ptr<T>() + written_ * key_count_;
     const int32_t* ids = list_indices(step);
     const T* scores = list_scores(step);
     // sigma = d(key loss) / d(score of a list entry), then alpha = sigma * d(score) / d(sub-key) over `difference`
@@ -284,8 +339,8 @@ class ForwardScan {
       for (int64_t l = 0; l < entries; ++l) alpha[l] *= 2 * std::exp(scores[l]);
 
     const int64_t half = s_.keys.half_width, open_bytes = (half + 7) / 8;
-    T* next = keys_after(written_ + 1);
-    if (next != keys_) k_.scaled(keys_, T(o_.keep()), o_.decays(), key_count_, next);
+    T* next = next_keys_;
+    k_.scaled(keys_, T(o_.keep()), o_.decays(), key_count_, next);
     uint8_t* open = nullptr;
     if (!in_place_ && o_.clips()) {
       const int64_t bytes = key_count_ / half * open_bytes;
@@ -302,10 +357,15 @@ class ForwardScan {
           k_.step(next + at, sum, T(1), T(o_.lr), T(o_.grad_clip), half, next + at,
                   open ? open + group.key * open_bytes : nullptr);
         });
-    if (in_place_ && next != sub_keys_)
-      std::memcpy(sub_keys_, next, key_count_ * sizeof(T));
-    else
-      keys_ = next;
+    STD_TORCH_CHECK(k_.all_finite(next, key_count_), "sub_keys: expected finite numbers after the write of chunk ",
+                    written_, ", got an overflow; lr, weight_decay or addressing_weight is too large, or queries are");
+  }
+
+  void write_keys() {
+    if (!in_place_)
+      keys_ = next_keys_;
+    else if (next_keys_ != keys_)
+      std::memcpy(sub_keys_, next_keys_, key_count_ * sizeof(T));
   }
 
   const ScanSizes& s_;
@@ -317,8 +377,9 @@ class ForwardScan {
   T *values_, *sub_keys_, *log_;
   const RowReader<T> rows_;
   OrderedLists lists_;
-  ZeroedTable newest_;       // slot -> newest place of the log + 1
-  const T* keys_ = nullptr;  // sub-keys as the writes so far left them
+  ZeroedTable newest_;  // slot -> newest place of the log + 1
+  T* next_keys_ = nullptr;
+  T* keys_ = nullptr;  // sub-keys as the writes so far left them
   int64_t key_count_ = 0, written_ = 0;
   // of the current step
   std::vector<int32_t> slots_;                           // [m, H, R]
@@ -399,6 +460,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> chunk_scan_in_place_cpu(
   check_in_place(values, "values");
   check_in_place(sub_keys, "sub_keys");
   const auto in = ScanInputs::prepare(values, sub_keys, query, target, loss_weights, mask);
+  check_apart(sub_keys, "sub_keys", values, sub_keys);
+  check_apart(in.query, "query", values, sub_keys);
+  check_apart(in.target, "target", values, sub_keys);
+  if (in.loss_weights) check_apart(*in.loss_weights, "loss_weights", values, sub_keys);
+  if (in.mask) check_apart(*in.mask, "mask", values, sub_keys);
   ScanOutputs r = read_outputs(s, o, in.values, values.scalar_type());
   dispatch_memory(in.values, [&](auto t) { ForwardScan<decltype(t)>(in, s, o, r, true).run(); });
   return {prepared(r.out, query.scalar_type()), r.indices, r.weights, r.losses, r.addressing_loss};

@@ -368,6 +368,7 @@ std::optional<Tensor> gradient(const std::optional<Tensor>& t, std::vector<int64
   for (int64_t d = 0; same && d < t->dim(); ++d) same = t->size(d) == shape[d];
   STD_TORCH_CHECK(same && t->is_cpu(), name, ": expected a CPU tensor of the shape of the output, got shape ",
                   shape_string(*t));
+  check_activation_dtype(*t, type, name);
   return prepared(*t, type);
 }
 

@@ -1,6 +1,8 @@
 // torch.ops.fwpkm.commit_ on the CPU: the newest rows of a scan become part of the memory.
 #include "ops/commit.h"
 
+#include <atomic>
+#include <cmath>
 #include <cstring>
 
 #include <torch/csrc/stable/library.h>
@@ -19,6 +21,10 @@ void commit_cpu(Tensor values, Tensor sub_keys, const Tensor& new_rows, const Te
   const auto type = values.scalar_type();
   const Tensor rows = prepared(new_rows, type), slots = prepared(new_slots, ScalarType::Int),
                keys = prepared(new_sub_keys, type);
+  check_apart(sub_keys, "sub_keys", values, sub_keys);
+  check_apart(rows, "new_rows", values, sub_keys);
+  check_apart(slots, "new_slots", values, sub_keys);
+  check_apart(keys, "new_sub_keys", values, sub_keys);
   const int64_t num_slots = values.size(0), width = values.size(1), places = slots.numel();
   const int32_t* place_slot = slots.const_data_ptr<int32_t>();
   ZeroedTable place_of(num_slots);  // slot -> its place + 1
@@ -32,12 +38,33 @@ void commit_cpu(Tensor values, Tensor sub_keys, const Tensor& new_rows, const Te
   }
   dispatch_memory(values, [&](auto t) {
     using T = decltype(t);
+    const auto& k = vector::kernels<T>();
     T* vp = values.mutable_data_ptr<T>();
     const T* rp = rows.const_data_ptr<T>();
+    std::atomic<int64_t> odd_place{-1}, odd_slot{-1};
+    torch::stable::parallel_for(0, places, 64, [&](int64_t begin, int64_t end) {
+      for (int64_t e = begin; e < end; ++e)
+        if (place_slot[e] >= 0 && !k.all_finite(rp + e * width, width)) odd_place = e;
+    });
+    STD_TORCH_CHECK(odd_place < 0, "new_rows: expected finite numbers, got NaN or infinity at place ",
+                    odd_place.load());
+    STD_TORCH_CHECK(k.all_finite(keys.const_data_ptr<T>(), keys.numel()),
+                    "new_sub_keys: expected finite numbers, got NaN or infinity");
+    if (std::abs(keep) > 1)
+      torch::stable::parallel_for(0, num_slots, 64, [&](int64_t begin, int64_t end) {
+        std::vector<T> row(width);
+        for (int64_t s = begin; s < end; ++s) {
+          k.scaled(vp + s * width, T(keep), writes, width, row.data());
+          if (place_of[s] == 0 && !k.all_finite(row.data(), width)) odd_slot = s;
+        }
+      });
+    STD_TORCH_CHECK(odd_slot < 0,
+                    "values: expected finite rows after the decay by keep = 1 - lr * weight_decay = ", keep,
+                    ", got an overflow at slot ", odd_slot.load());
     if (keep != 1)  // the one pass over all rows: weight decay
       torch::stable::parallel_for(0, num_slots, 64, [&](int64_t begin, int64_t end) {
         for (int64_t s = begin; s < end; ++s)
-          if (place_of[s] == 0) vector::kernels<T>().scaled(vp + s * width, T(keep), writes, width, vp + s * width);
+          if (place_of[s] == 0) k.scaled(vp + s * width, T(keep), writes, width, vp + s * width);
       });
     torch::stable::parallel_for(0, places, 64, [&](int64_t begin, int64_t end) {
       for (int64_t e = begin; e < end; ++e)

@@ -62,9 +62,11 @@ std::tuple<Tensor, Tensor> product_key_topk_backward_cpu(const Tensor& dscores, 
   const bool idw = parse_score(score) == Score::kIdw;
   const auto type = sub_keys.scalar_type();
   const int64_t topk = indices.size(indices.dim() - 1), heads = s.heads, half = s.half_width, reads = heads * topk;
-  STD_TORCH_CHECK(indices.numel() * s.key_dim() == query.numel() * topk,
-                  "indices: expected (..., H, R) with the leading dimensions of query ", shape_string(query),
-                  ", got shape ", shape_string(indices));
+  bool same = indices.dim() == query.dim();
+  for (int64_t i = 0; same && i + 1 < indices.dim(); ++i) same = indices.size(i) == query.size(i);
+  STD_TORCH_CHECK(same,
+                  "indices, query: expected (..., H, R) and (..., H, K) of the same leading dimensions, got shapes ",
+                  shape_string(indices), " and ", shape_string(query));
   const Tensor d = prepared(dscores, type), q = prepared(query, type), k = prepared(sub_keys, type),
                ids = prepared(indices, ScalarType::Int);
   const int64_t tokens = reads ? d.numel() / reads : 0;

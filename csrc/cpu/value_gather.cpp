@@ -1,6 +1,8 @@
 // torch.ops.fwpkm.value_gather and its derivatives on the CPU.
 #include "ops/value_gather.h"
 
+#include <limits>
+
 #include <torch/csrc/stable/library.h>
 
 #include "binding/dispatch.h"
@@ -59,6 +61,9 @@ Tensor value_gather_cpu(const Tensor& values, const Tensor& indices, const Tenso
 
 // dvalues[s] = sum over the reads of slot s, in their order, of weights * dout
 Tensor value_gather_dvalues_cpu(const Tensor& dout, const Tensor& indices, const Tensor& weights, int64_t num_slots) {
+  STD_TORCH_CHECK(num_slots >= 0 && num_slots <= std::numeric_limits<int32_t>::max(),
+                  "num_slots: expected a number in [0, 2^31), got ", num_slots);
+  check_indices_dtype(indices);
   check_dout(dout, indices);
   const Tensor ids = checked_indices(indices, num_slots);
   check_per_read(weights, indices, dout.scalar_type(), "weights");
@@ -86,6 +91,7 @@ Tensor value_gather_dvalues_cpu(const Tensor& dout, const Tensor& indices, const
 // dweights[..., r] = <dout, values[indices[..., r]]>
 Tensor value_gather_dweights_cpu(const Tensor& dout, const Tensor& values, const Tensor& indices) {
   check_values(values);
+  check_indices_dtype(indices);
   check_dout(dout, indices);
   check_dtype(dout, values.scalar_type(), "dout", "the dtype of values");
   const Tensor ids = checked_indices(indices, values.size(0));

@@ -5,6 +5,7 @@
 #include <limits>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "binding/checks.h"
@@ -118,7 +119,7 @@ inline std::vector<Step> schedule(int64_t length, const ScanOptions& o) {
   for (int64_t start = o.carried; start < length;) {
     Step s{};
     s.own = start;
-    s.stop = std::min(start + o.chunk_size, length);
+    s.stop = start + std::min(o.chunk_size, length - start);
     s.writes = o.flush || s.stop - start == o.chunk_size;
     const int64_t before = start == o.carried ? o.carried : o.boundary == Boundary::kCarry ? o.lookahead : 0;
     s.first = s.writes ? start - before : start;
@@ -133,10 +134,28 @@ inline std::vector<Step> schedule(int64_t length, const ScanOptions& o) {
   return steps;
 }
 
+// An option that float32 turns into zero or infinity.
+inline void check_representable(const ScanOptions& o, ScalarType memory) {
+  if (memory != ScalarType::Float) return;
+  const std::pair<double, const char*> all[] = {{o.eps, "eps"},
+                                                {o.temperature, "temperature"},
+                                                {o.lr, "lr"},
+                                                {o.weight_decay, "weight_decay"},
+                                                {o.grad_clip, "grad_clip"},
+                                                {o.addressing_weight, "addressing_weight"}};
+  for (const auto& [value, name] : all)
+    STD_TORCH_CHECK(std::isfinite(float(value)), name, ": expected a number that float32 can hold, got ", value);
+  STD_TORCH_CHECK(std::isfinite(float(o.keep())), "weight_decay, lr: expected 1 - lr * weight_decay to be finite, got ",
+                  o.keep());
+  for (const auto& [value, name] : {all[0], all[1]})
+    STD_TORCH_CHECK(float(value) > 0, name, ": expected a number that float32 tells from zero, got ", value);
+}
+
 inline ScanSizes check_scan(const Tensor& values, const Tensor& sub_keys, const Tensor& query, const Tensor& target,
                             const std::optional<Tensor>& loss_weights, const std::optional<Tensor>& mask,
                             const ScanOptions& o) {
   check_values(values);
+  check_representable(o, values.scalar_type());
   ScanSizes s{};
   s.keys = check_sub_keys(sub_keys);
   check_dtype(sub_keys, values.scalar_type(), "sub_keys", "the dtype of values");
@@ -146,9 +165,7 @@ inline ScanSizes check_scan(const Tensor& values, const Tensor& sub_keys, const 
   check_topk(o.topk, s.keys);
   s.batch = query.size(0), s.length = query.size(1), s.topk = o.topk;
   s.slots = values.size(0), s.width = values.size(1);
-  STD_TORCH_CHECK(s.slots == s.keys.sub_keys * s.keys.sub_keys,
-                  "values: expected P*P = ", s.keys.sub_keys * s.keys.sub_keys, " slots from sub_keys ",
-                  shape_string(sub_keys), ", got shape ", shape_string(values));
+  check_slots(values, sub_keys);
   STD_TORCH_CHECK(s.width > 0, "values: expected V > 0, got shape ", shape_string(values));
   const auto check_bt = [&](const Tensor& t, const char* name, const char* shape) {
     STD_TORCH_CHECK(t.size(0) == s.batch && t.size(1) == s.length, name, ": expected ", shape, " with (B, T) = (",

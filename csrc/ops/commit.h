@@ -1,6 +1,7 @@
 // commit_: validation, for every device. A memory that is written in place must be contiguous: a copy would be lost.
 #pragma once
 #include <cmath>
+#include <string>
 #include <utility>
 
 #include "ops/product_key_topk.h"
@@ -15,10 +16,28 @@ inline void check_in_place(const Tensor& t, const char* name) {
                   shape_string(t));
 }
 
+// `t`, contiguous, must not lie in what is written while it is read. (`t` may be sub_keys itself: then only values
+// count.)
+inline void check_apart(const Tensor& t, const char* name, const Tensor& values, const Tensor& sub_keys) {
+  const auto bytes = [](const Tensor& x) {
+    const auto begin = reinterpret_cast<uintptr_t>(x.const_data_ptr());
+    return std::pair{begin, begin + uintptr_t(x.numel()) * x.element_size()};
+  };
+  const auto [begin, end] = bytes(t);
+  for (const auto& [written, written_name] : {std::pair{&values, "values"}, {&sub_keys, "sub_keys"}}) {
+    const auto [first, last] = bytes(*written);
+    if (begin == first && end == last && std::string(name) == written_name) continue;
+    STD_TORCH_CHECK(begin >= last || first >= end || begin == end || first == last, name,
+                    ": expected memory of its own, but it shares memory with ", written_name,
+                    ", which is written in place; pass a copy");
+  }
+}
+
 inline void check_commit(const Tensor& values, const Tensor& sub_keys, const Tensor& new_rows, const Tensor& new_slots,
                          const Tensor& new_sub_keys, double keep, int64_t writes) {
   check_values(values);
   check_sub_keys(sub_keys);
+  check_slots(values, sub_keys);
   check_in_place(values, "values");
   check_in_place(sub_keys, "sub_keys");
   const auto type = values.scalar_type();
@@ -38,7 +57,7 @@ inline void check_commit(const Tensor& values, const Tensor& sub_keys, const Ten
                                 {&new_sub_keys, "new_sub_keys"}})
     check_device(*t, values, name, "values");
   STD_TORCH_CHECK(writes >= 0, "writes: expected 0 or more, got ", writes);
-  STD_TORCH_CHECK(std::isfinite(keep), "keep: expected a finite number, got ", keep);
+  STD_TORCH_CHECK(std::isfinite(keep), "keep: expected 1 - lr * weight_decay to be finite, got ", keep);
 }
 
 }  // namespace fwpkm

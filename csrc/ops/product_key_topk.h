@@ -31,6 +31,12 @@ inline ProductKeySizes check_sub_keys(const Tensor& sub_keys) {
   return s;
 }
 
+inline void check_slots(const Tensor& values, const Tensor& sub_keys) {
+  const int64_t slots = sub_keys.size(2) * sub_keys.size(2);
+  STD_TORCH_CHECK(values.size(0) == slots, "values: expected P*P = ", slots, " slots from sub_keys ",
+                  shape_string(sub_keys), ", got shape ", shape_string(values));
+}
+
 // The last two dimensions of a query: heads and key dimension.
 inline void check_query(const Tensor& query, const Tensor& sub_keys, const ProductKeySizes& s) {
   check_activation_dtype(query, sub_keys.scalar_type(), "query");

@@ -5,6 +5,7 @@
 namespace fwpkm {
 
 inline void check_indices_dtype(const Tensor& indices) {
+  check_given(indices, "indices");
   const auto type = indices.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Int || type == ScalarType::Long, "indices: expected int32 or int64, got ",
                   dtype_string(type));

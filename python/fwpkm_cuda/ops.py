@@ -180,29 +180,42 @@ def commit_(values, sub_keys, scan: Scan, *, lr=1.0, weight_decay=0.0) -> None:
 
 
 # ----------------------------------------------------------------------------------------- fake kernels: shapes only
+def _one_device(**tensors):
+    """Tensors of two devices reach the fake kernels when one is a meta tensor, and while tracing."""
+    (first, like), *others = ((name, t) for name, t in tensors.items() if t is not None)
+    for name, t in others:
+        if t.device != like.device:
+            raise RuntimeError(f"{name}: expected the device of {first} ({like.device}), got {t.device}")
+
+
 @torch.library.register_fake("fwpkm::product_key_topk")
 def _(query, sub_keys, topk, score="dot", eps=1e-3):
+    _one_device(sub_keys=sub_keys, query=query)
     shape = (*query.shape[:-1], topk)
     return sub_keys.new_empty(shape), sub_keys.new_empty(shape, dtype=torch.int32)
 
 
 @torch.library.register_fake("fwpkm::product_key_topk_backward")
 def _(dscores, query, sub_keys, indices, score, eps):
+    _one_device(sub_keys=sub_keys, query=query, indices=indices, dscores=dscores)
     return torch.empty_like(query, memory_format=torch.contiguous_format), sub_keys.new_empty(sub_keys.shape)
 
 
 @torch.library.register_fake("fwpkm::value_gather")
 def _(values, indices, weights, sparse_grad=False):
+    _one_device(values=values, indices=indices, weights=weights)
     return values.new_empty((*indices.shape[:-1], values.shape[1]))
 
 
 @torch.library.register_fake("fwpkm::value_gather_dvalues")
 def _(dout, indices, weights, num_slots):
+    _one_device(dout=dout, indices=indices, weights=weights)
     return dout.new_empty((num_slots, dout.shape[-1]))
 
 
 @torch.library.register_fake("fwpkm::value_gather_dweights")
 def _(dout, values, indices):
+    _one_device(values=values, dout=dout, indices=indices)
     return values.new_empty(indices.shape)
 
 
@@ -235,6 +248,7 @@ def _(
     temperature, lr, weight_decay, grad_clip, write_rule, values_only, addressing_weight, boundary, carried, flush,
     sparse_grad=True,
 ):  # fmt: skip
+    _one_device(values=values, sub_keys=sub_keys, query=query, target=target, loss_weights=loss_weights, mask=mask)
     moves = _keys_move(lr, weight_decay, values_only, addressing_weight)
     B, own, H, V, half, writes, pairs, tokens, tail = _scan_outputs(
         values, sub_keys, query, chunk_size, lookahead, grad_clip, moves, boundary, carried, flush
@@ -266,6 +280,7 @@ def _(
     values, sub_keys, query, target, loss_weights, mask, topk, chunk_size, lookahead, score, eps, activation,
     temperature, lr, weight_decay, grad_clip, write_rule, values_only, addressing_weight, boundary, carried, flush,
 ):  # fmt: skip
+    _one_device(values=values, sub_keys=sub_keys, query=query, target=target, loss_weights=loss_weights, mask=mask)
     B, own, H, V, _, writes, pairs, _, _ = _scan_outputs(
         values, sub_keys, query, chunk_size, lookahead, grad_clip, False, boundary, carried, flush
     )
@@ -286,6 +301,29 @@ def _(
     topk, chunk_size, lookahead, score, eps, activation, temperature, lr, weight_decay, grad_clip, write_rule,
     values_only, addressing_weight, boundary, carried, flush, need_dvalues,
 ):  # fmt: skip
+    _one_device(
+        values=values,
+        sub_keys=sub_keys,
+        query=query,
+        target=target,
+        loss_weights=loss_weights,
+        mask=mask,
+        dout=dout,
+        dweights=dweights,
+        dlosses=dlosses,
+        daddressing_loss=daddressing_loss,
+        dnew_rows=dnew_rows,
+        dnew_sub_keys=dnew_sub_keys,
+        new_rows=new_rows,
+        new_sub_keys=new_sub_keys,
+        list_indices=list_indices,
+        list_scores=list_scores,
+        places=places,
+        read_from=read_from,
+        key_versions=key_versions,
+        open_rows=open_rows,
+        open_keys=open_keys,
+    )
     reads = places.numel() if need_dvalues else 0
     weights = query if loss_weights is None else loss_weights
     return (
@@ -300,6 +338,7 @@ def _(
 
 @torch.library.register_fake("fwpkm::commit_")
 def _(values, sub_keys, new_rows, new_slots, new_sub_keys, keep=1.0, writes=0):
+    _one_device(values=values, sub_keys=sub_keys, new_rows=new_rows, new_slots=new_slots, new_sub_keys=new_sub_keys)
     return None
 
 
@@ -418,14 +457,15 @@ _differentiable_once("chunk_scan")
 
 # --------------------------------------------------------------------------------------- in-place ops and autograd
 # register_autograd refuses operators that mutate; what autograd must know of them is said here: they have no
-# derivative, and what they wrote is a new version.
+# derivative, and what they wrote is a new version (in inference mode too, where a stale backward pass would otherwise
+# go unnoticed).
 _library = torch.library.Library("fwpkm", "IMPL")
 
 
-def _register_in_place(name, overload):
-    argument_names = [argument.name for argument in overload._schema.arguments]
+def _register_in_place(name, op):
+    argument_names = [argument.name for argument in op._schema.arguments]
 
-    def kernel(*args):
+    def autograd(keyset, *args):
         if torch.is_grad_enabled():
             for argument, value in zip(argument_names, args, strict=False):
                 if isinstance(value, Tensor) and value.requires_grad:
@@ -434,12 +474,17 @@ def _register_in_place(name, overload):
                         "call it under torch.no_grad(), or use chunk_scan and commit_"
                     )
         with torch._C._AutoDispatchBelowAutograd():
-            result = overload(*args)
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    def new_version(keyset, *args):
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            result = op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
         for written in args[:2]:
             torch.autograd.graph.increment_version(written)
         return result
 
-    _library.impl(name, kernel, "Autograd")
+    _library.impl(name, autograd, "Autograd", with_keyset=True)
+    _library.impl(name, new_version, "ADInplaceOrView", with_keyset=True)
 
 
 _register_in_place("chunk_scan_", _ops.chunk_scan_.default)
