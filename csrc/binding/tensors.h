@@ -18,6 +18,13 @@ inline Tensor make_zeros(const Tensor& like, const std::vector<int64_t>& size, S
   return torch::stable::new_zeros(like, {size.data(), size.size()}, type);
 }
 
+// The shape of `t` with another last dimension.
+inline std::vector<int64_t> with_last(const Tensor& t, int64_t last) {
+  std::vector<int64_t> shape(t.sizes().begin(), t.sizes().end());
+  shape.back() = last;
+  return shape;
+}
+
 // Contiguous and of the given dtype; the tensor itself when it already is.
 inline Tensor prepared(const Tensor& t, ScalarType type) {
   const Tensor c = t.is_contiguous() ? t : torch::stable::contiguous(t);

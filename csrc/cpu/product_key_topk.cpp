@@ -22,8 +22,8 @@ std::tuple<Tensor, Tensor> product_key_topk_cpu(const Tensor& query, const Tenso
   const Score kind = parse_score(score);
   const auto type = sub_keys.scalar_type();
   const Tensor q = prepared(query, type), k = prepared(sub_keys, type);
-  Tensor scores = make(k, reads_shape(query, topk), type);
-  Tensor indices = make(k, reads_shape(query, topk), ScalarType::Int);
+  Tensor scores = make(k, with_last(query, topk), type);
+  Tensor indices = make(k, with_last(query, topk), ScalarType::Int);
   const int64_t reads = s.heads * topk, tokens = scores.numel() / reads;
   std::atomic<int64_t> odd{-1};  // a token with a score that is not finite
   dispatch_memory(k, [&](auto t) {

@@ -1,8 +1,6 @@
 // product_key_topk: validation and sizes, for every device.
 #pragma once
-#include <algorithm>
 #include <limits>
-#include <vector>
 
 #include "binding/checks.h"
 
@@ -56,14 +54,6 @@ inline void check_topk(int64_t topk, const ProductKeySizes& s) {
 inline void check_eps(double eps) {
   STD_TORCH_CHECK(eps > 0 && eps < std::numeric_limits<double>::infinity(),
                   "eps: expected a positive finite number, got ", eps);
-}
-
-// (..., H, R): the leading dimensions of the query.
-inline std::vector<int64_t> reads_shape(const Tensor& query, int64_t topk) {
-  std::vector<int64_t> shape;
-  for (int64_t d = 0; d + 1 < query.dim(); ++d) shape.push_back(query.size(d));
-  shape.push_back(topk);
-  return shape;
 }
 
 }  // namespace fwpkm

@@ -37,12 +37,4 @@ inline void check_dout(const Tensor& dout, const Tensor& indices) {
   check_device(dout, indices, "dout", "indices");
 }
 
-// indices' shape with the last dimension replaced
-inline std::vector<int64_t> with_last(const Tensor& indices, int64_t last) {
-  std::vector<int64_t> shape;
-  for (int64_t d = 0; d + 1 < indices.dim(); ++d) shape.push_back(indices.size(d));
-  shape.push_back(last);
-  return shape;
-}
-
 }  // namespace fwpkm
