@@ -1,5 +1,6 @@
 """Random memories and tokens for the tests."""
 
+import pytest
 import torch
 
 
@@ -12,6 +13,14 @@ def tokens(B=2, T=11, H=2, K=8, V=5, dtype=torch.float64):
     """query (B, T, H, K), target (B, T, V), loss_weights (B, T), mask (B, T)"""
     query, target = torch.randn(B, T, H, K, dtype=dtype), torch.randn(B, T, V, dtype=dtype)
     return query, target, torch.rand(B, T, dtype=dtype), torch.rand(B, T) > 0.3
+
+
+def needs_memory(gib):
+    """Skips the test, and says so, when less memory is free."""
+    with open("/proc/meminfo") as file:
+        free = next(int(line.split()[1]) for line in file if line.startswith("MemAvailable:")) / 2**20
+    if free < gib:
+        pytest.skip(f"needs {gib} GiB of free memory, there are {free:.0f}")
 
 
 def leaves(*tensors):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from inputs import BASE, SCANS, dense, leaves, memory, tokens
+from inputs import BASE, SCANS, dense, leaves, memory, needs_memory, tokens
 from torch.autograd import gradcheck
 
 import fwpkm_cuda
@@ -265,3 +265,28 @@ def test_half_precision_activations_with_a_float32_memory(dtype):
     b = torch.autograd.grad(expected.losses.sum(), other)
     for x, y in zip(a, b, strict=True):
         assert x.dtype == dtype and torch.equal(x, y.to(dtype))
+
+
+@pytest.mark.full
+def test_a_memory_of_more_than_2_to_the_31_elements():
+    """P = 4096 sub-keys: rows of slots beyond 2^31 elements are read, logged, written and differentiated."""
+    P, V = 4096, 136
+    needs_memory(11)  # for 8.5 GiB of values
+    values, sub_keys = torch.zeros(P * P, V), torch.zeros(1, 2, P, 2)
+    sub_keys[0, :, -1] = 1  # every query below reads the last slot, and ties the first ones
+    query, target = leaves(torch.ones(1, 6, 1, 4), torch.ones(1, 6, V))
+    options = dict(topk=2, chunk_size=3, addressing_weight=0.0)
+    scan = fwpkm_cuda.chunk_scan(values, sub_keys, query, target, **options)
+    assert (scan.indices == P * P - 1).any(-1).all()
+    small = reference.chunk_scan(  # the same reads on the last and first sub-keys alone
+        torch.zeros(9, V), sub_keys[:, :, [0, 1, -1]], query, target, **options
+    )
+    torch.testing.assert_close(scan.out, small.out)
+    ours = torch.autograd.grad(scan.out.sum(), (query, target))
+    for a, b in zip(ours, torch.autograd.grad(small.out.sum(), (query, target)), strict=True):
+        torch.testing.assert_close(a, b)
+    fwpkm_cuda.commit_(values, sub_keys, scan)
+    torch.testing.assert_close(values[-1], small.values[-1])
+    assert values[-1].abs().max() > 0
+    again = fwpkm_cuda.chunk_scan_(values, sub_keys, query.detach(), target.detach(), **options)
+    assert (again.losses < scan.losses).all()
