@@ -58,3 +58,9 @@ SCANS = {
     "unflushed_decay_clip_carry": dict(flush=False, weight_decay=0.1, grad_clip=0.1, boundary="carry", lookahead=2),
 }
 BASE = dict(topk=3, chunk_size=4)
+# All options of the raw operators, in the order of their schema.
+DEFAULTS = dict(
+    topk=3, chunk_size=4, lookahead=1, score="dot", eps=1e-3, activation="softmax", temperature=1.0, lr=1.0,
+    weight_decay=0.0, grad_clip=None, write_rule="paper", values_only=True, addressing_weight=1.0, boundary="drop",
+    carried=0, flush=True,
+)  # fmt: skip

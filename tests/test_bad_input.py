@@ -593,6 +593,22 @@ def test_a_write_that_overflows_never_reaches_the_memory(case, chunk_size):
     assert_refuses(lambda: ENTRIES["chunk_scan_"].run(tensors, **changes), tensors, ["values", "sub_keys", *changes])
 
 
+def test_an_overflow_in_a_later_chunk_leaves_no_chunk_half_written():
+    """Numbers of 1e-20 and a step of 1e21; then targets of 1e18, whose loss float32 can hold but not their step."""
+    inputs = scan_inputs(dtype=torch.float32) | {"mask": None}
+    inputs["values"] *= 1e-20
+    inputs["target"][:, :3] *= 1e-20
+    inputs["target"][:, 3:] *= 1e18
+    options = OPTIONS | {"lr": 1e21, "addressing_weight": 0.0, "values_only": True}
+    chunk = {n: x if x is None or n in ("values", "sub_keys") else x[:, :3] for n, x in inputs.items()}
+    after = in_place(*chunk.values(), **options)
+    assert not torch.equal(after.values, inputs["values"])
+    allowed = [[bits(inputs[n]) for n in ("values", "sub_keys")], [bits(after.values), bits(after.sub_keys)]]
+    with pytest.raises(REFUSED, match=r"\bvalues\b"):
+        fwpkm_cuda.chunk_scan_(**inputs, **options)
+    assert [bits(inputs[n]) for n in ("values", "sub_keys")] in allowed
+
+
 @pytest.mark.parametrize("value", NOT_FINITE, ids=str)
 @pytest.mark.parametrize("name", ["new_rows", "new_sub_keys"])
 @pytest.mark.parametrize("key", ["commit_", "raw-commit_"])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from inputs import BASE, SCANS, dense, leaves, memory, needs_memory, tokens
+from inputs import BASE, DEFAULTS, SCANS, dense, leaves, memory, needs_memory, tokens
 from torch.autograd import gradcheck
 
 import fwpkm_cuda
@@ -265,6 +265,54 @@ def test_half_precision_activations_with_a_float32_memory(dtype):
     b = torch.autograd.grad(expected.losses.sum(), other)
     for x, y in zip(a, b, strict=True):
         assert x.dtype == dtype and torch.equal(x, y.to(dtype))
+
+
+# ------------------------------------------------------------------------------------------- defects that once were
+def test_the_backward_operator_refuses_places_of_an_empty_log():
+    inputs = memory() + tokens(T=3)
+    options = tuple((DEFAULTS | dict(flush=False)).values())
+    saved = list(torch.ops.fwpkm.chunk_scan(*inputs, *options))
+    saved[11] = torch.zeros_like(saved[11])  # read_from: -1 = values
+    with pytest.raises(RuntimeError, match="read_from: expected numbers in"):
+        torch.ops.fwpkm.chunk_scan_backward(
+            torch.ones_like(saved[0]), *[None] * 5, *inputs, saved[5], *saved[7:], *options, False
+        )
+
+
+def test_a_large_step_behind_a_loss_of_zero_does_not_reach_the_memory():
+    """The error's square underflows in float32, the error times its weight and the learning rate overflows."""
+    values, sub_keys = torch.zeros(4, 2), torch.zeros(1, 2, 2, 1)
+    query, target = torch.zeros(1, 2, 1, 2), torch.full((1, 2, 2), 1e-23)
+    with pytest.raises(RuntimeError, match="values: expected finite rows"):
+        fwpkm_cuda.chunk_scan_(values, sub_keys, query, target, torch.full((1, 2), 3e38), topk=1, chunk_size=2, lr=1e30)
+    assert torch.equal(values, torch.zeros(4, 2))
+
+
+def test_a_lazy_copy_of_the_memory_is_written_alone():
+    values, sub_keys = memory()
+    copies = torch._lazy_clone(values), torch._lazy_clone(sub_keys)
+    before = values.clone(), sub_keys.clone()
+    fwpkm_cuda.chunk_scan_(*copies, *tokens(), **BASE)
+    assert torch.equal(values, before[0]) and torch.equal(sub_keys, before[1])
+    assert not torch.equal(copies[0], values)
+
+
+def test_second_order_terms_survive_a_tiny_temperature():
+    inputs = [x.float() for x in memory() + tokens(T=9)[:2]]
+    query, sub_keys = leaves(inputs[2], inputs[1])
+    options = BASE | dict(values_only=False, temperature=1e-23)
+    scan = fwpkm_cuda.chunk_scan(inputs[0], sub_keys, query, inputs[3], **options)
+    for gradient in torch.autograd.grad(scan.out.sum(), (query, sub_keys)):
+        assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("write_rule", ["paper", "release"])
+def test_every_nonzero_byte_of_a_mask_is_true(write_rule):
+    inputs = memory() + tokens(T=9)
+    odd = (inputs[5].to(torch.uint8) * 2).view(torch.bool)
+    a = fwpkm_cuda.chunk_scan(*inputs, **BASE, write_rule=write_rule)
+    b = fwpkm_cuda.chunk_scan(*inputs[:5], odd, **BASE, write_rule=write_rule)
+    assert torch.equal(a.new_rows, b.new_rows) and torch.equal(a.losses, b.losses)
 
 
 @pytest.mark.full

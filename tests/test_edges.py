@@ -89,7 +89,7 @@ def judge(inputs, options, functionals_dtype, touched=None):
     return result, gradients
 
 
-def check_scan(inputs, options, gradients=True, sparse_grad=True, smallest=1e-2):
+def check_scan(inputs, options, gradients=True, sparse_grad=True, smallest=0.1):
     """chunk_scan + commit_ and chunk_scan_ against the reference, and against each other bit for bit."""
     dtype, activation = inputs["values"].dtype, inputs["query"].dtype
     outputs, derivatives = TOLERANCE[dtype]
@@ -377,7 +377,7 @@ def test_extreme_numbers_match_the_reference(case):
     inputs = scan_inputs(dtype=torch.float32)
     for name, factor in zip(("query", "sub_keys", "values", "target"), EXTREMES[case], strict=True):
         inputs[name] = (inputs[name].double() * factor).float()
-    smallest = 2e-40 if case.startswith("subnormal-values") else 1e-2  # the allowed error is then that of 3 roundings
+    smallest = 2e-40 if case.startswith("subnormal-values") else 0.1  # the allowed error is then that of 3 roundings
     result = check_scan(inputs, options(addressing_weight=0.0), gradients=False, smallest=smallest)
     assert not torch.equal(result.values, inputs["values"])
 
@@ -741,7 +741,7 @@ def test_large_search_selects_the_best_sums():
     sub_keys = random(1, 2, P, 16, seed=1, dtype=torch.float32)
     query = random(1, tokens, 1, 32, seed=2, dtype=torch.float32)
     scores, indices = fwpkm_cuda.product_key_topk(query, sub_keys, topk)
-    s = reference.sub_scores(query.double(), sub_keys.double())  # (1, tokens, 1, 2, P)
+    s = reference.similarities(query.double(), sub_keys.double())  # (1, tokens, 1, 2, P)
     sums = (s[..., 0, :, None] + s[..., 1, None, :]).flatten(-2)
     assert_close("scores", scores, sums.topk(topk).values, 1e-5)
     assert_close("sums of the selected slots", sums.gather(-1, indices.long()), scores, 1e-5)
@@ -897,7 +897,7 @@ def scans(draw):
         "activation": nonlinear,
         "temperature": draw(st.sampled_from([0.5, 1.0, 3.0])),
         "lr": draw(st.sampled_from(rates)),
-        "weight_decay": draw(st.sampled_from([0.0, 0.0, 0.1, 1.5])),
+        "weight_decay": draw(st.sampled_from([0.0, 0.0, 0.1, 0.6])),
         "grad_clip": draw(st.sampled_from([None, None, None, 0.02, 0.3, 0.0])),
         "write_rule": draw(st.sampled_from(["paper", "release"])),
         "values_only": draw(st.booleans()),
@@ -906,10 +906,10 @@ def scans(draw):
     return inputs, options(**changes), draw(st.booleans())
 
 
-def reads_and_error(inputs, scan_options, noise):
-    """The reference in float64 with queries moved by `noise`: how much a rounding error of that size is amplified."""
-    moved = {name: x if x is None or name == "mask" else x.double() for name, x in inputs.items()}
-    moved["query"] = moved["query"] * (1 + noise * random(*moved["query"].shape, seed=12345))
+def judged_in(dtype, inputs, scan_options, noise=0.0, seed=0):
+    """The reference in this dtype, with queries moved by `noise`: how much rounding errors are amplified."""
+    moved = {name: x if x is None or name == "mask" else x.to(dtype) for name, x in inputs.items()}
+    moved["query"] = moved["query"] * (1 + noise * random(*moved["query"].shape, seed=12345 + seed, dtype=dtype))
     with torch.no_grad():
         return reference.chunk_scan(*moved.values(), **scan_options)
 
@@ -919,15 +919,16 @@ def reads_and_error(inputs, scan_options, noise):
 def test_any_scan_matches_the_reference(drawn):
     """Values, gradients and bits. Left out: scans whose losses explode or whose slots a rounding error would change."""
     inputs, scan_options, sparse_grad = drawn
-    single = inputs["values"].dtype == torch.float32
-    plain = reads_and_error(inputs, scan_options, 0.0)
-    moved = reads_and_error(inputs, scan_options, 1e-6 if single else 1e-12)
+    dtype, single = inputs["values"].dtype, inputs["values"].dtype == torch.float32
+    plain = judged_in(torch.float64, inputs, scan_options)
     assume(all(bool(x.isfinite().all()) for x in plain))
     assume(not plain.losses.numel() or float(plain.losses.abs().max()) < 1e4)
-    assume(torch.equal(plain.indices, moved.indices))
-    for name in ("values", "sub_keys"):
-        a, b = getattr(plain, name), getattr(moved, name)
-        assume(bool(((a - b).abs() <= (1e-5 if single else 1e-11) * (1 + a.abs().max())).all()))
+    assume(inputs["query"].dtype != torch.float16 or float(plain.out.abs().sum()) < 6e4)  # else it overflows
+    for noise, seed in ((0.0, 0), (1e-6, 0), (1e-6, 1)) if single else ((1e-12, 0),):
+        moved = judged_in(dtype, inputs, scan_options, noise, seed)
+        assume(torch.equal(plain.indices, moved.indices))
+        for a, b in zip(plain[-2:], moved[-2:], strict=True):  # the memory
+            assume(bool(((a - b).abs() <= (1e-5 if single else 1e-11) * (1 + a.abs().max())).all()))
     # in float32 a gradient that is just cut, or just not, by the clip may differ by a rounding error
     gradients = not (single and scan_options["grad_clip"] is not None)
     check_scan(inputs, scan_options, gradients=gradients, sparse_grad=sparse_grad)
@@ -962,7 +963,7 @@ def test_any_product_key_search_matches_the_reference(drawn):
     if dtype == torch.float64:
         assert torch.equal(indices.long(), expected.indices)
     assert not (indices.sort(-1).values.diff() == 0).any()
-    s, P = reference.sub_scores(*exact, score, eps), sub_keys.shape[2]
+    s, P = reference.sub_scores(reference.similarities(*exact, score), score, eps), sub_keys.shape[2]
     found = s[..., 0, :].gather(-1, indices.long() // P) + s[..., 1, :].gather(-1, indices.long() % P)
     assert_close("scores of the slots found", scores, found, outputs, smallest=1.0)
 

@@ -99,3 +99,25 @@ def test_a_second_derivative_is_refused():
     (gradient,) = torch.autograd.grad(scores.square().sum(), query, create_graph=True)
     with pytest.raises(RuntimeError, match="product_key_topk is differentiable once"):
         gradient.sum().backward()
+
+
+def test_idw_ties_are_ties_of_the_distance():
+    """eps = 1 and distances of 1e-4: float32's eps + distance^2 is 1 for all, the distances are not."""
+    sub_keys = torch.tensor([2e-4, 0.0, 1e-4, 0.0]).view(1, 1, 4, 1).expand(1, 2, 4, 1).contiguous()
+    query = torch.zeros(1, 1, 2)
+    _, indices = fwpkm_cuda.product_key_topk(query, sub_keys, 3, "idw", 1.0)
+    expected = reference.product_key_topk(query, sub_keys, 3, "idw", 1.0)
+    assert torch.equal(indices.long(), expected.indices)
+    assert torch.equal(indices.flatten(), torch.tensor([5, 6, 7], dtype=torch.int32)), "sub-keys 1, 3, 2, by slot"
+
+
+def test_a_sum_of_scores_that_overflows_is_refused():
+    with pytest.raises(RuntimeError, match="expected finite scores"):
+        fwpkm_cuda.product_key_topk(torch.ones(1, 1, 2), torch.full((1, 2, 2, 1), 2e38), 1)
+
+
+def test_the_backward_operator_refuses_indices_without_reads():
+    query, sub_keys = torch.randn(2, 1, 4), torch.randn(1, 2, 3, 2)
+    nothing = torch.zeros(2, 1, 0)
+    with pytest.raises(RuntimeError, match="topk: expected 1 <= topk"):
+        torch.ops.fwpkm.product_key_topk_backward(nothing, query, sub_keys, nothing.int(), "dot", 1e-3)

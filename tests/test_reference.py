@@ -26,7 +26,7 @@ def test_slots_are_the_best_of_all_pairs():
     _, sub_keys = memory(H=1, P=7, K=6)
     query = torch.randn(20, 1, 6, dtype=torch.float64)
     for score in ("dot", "idw"):
-        s = reference.sub_scores(query, sub_keys, score)
+        s = reference.sub_scores(reference.similarities(query, sub_keys, score), score)
         every = (s[:, :, 0, :, None] + s[:, :, 1, None, :]).flatten(-2)
         reads = reference.product_key_topk(query, sub_keys, 5, score)
         best = every.topk(5, -1)

@@ -2,17 +2,12 @@
 
 import pytest
 import torch
-from inputs import BASE, SCANS, leaves, memory, tokens
+from inputs import BASE, DEFAULTS, SCANS, leaves, memory, tokens
 from torch.library import opcheck
 
 import fwpkm_cuda
 
 OPS = torch.ops.fwpkm
-DEFAULTS = dict(
-    topk=3, chunk_size=4, lookahead=1, score="dot", eps=1e-3, activation="softmax", temperature=1.0, lr=1.0,
-    weight_decay=0.0, grad_clip=None, write_rule="paper", values_only=True, addressing_weight=1.0, boundary="drop",
-    carried=0, flush=True,
-)  # fmt: skip
 
 
 def scan_inputs(grad=True):

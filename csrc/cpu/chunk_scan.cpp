@@ -35,7 +35,8 @@ class ForwardScan {
         log_(in_place ? nullptr : out.new_rows.mutable_data_ptr<T>()),
         rows_(sizes, options, values_, log_),
         lists_(std::max(s_.slots, 2 * s_.keys.heads * s_.keys.sub_keys)),
-        newest_(in_place ? 0 : s_.slots) {}
+        newest_(in_place ? 0 : s_.slots),
+        read_from_(in_place ? nullptr : out.read_from.mutable_data_ptr<int32_t>()) {}
 
   void run() {
     check_inputs();
@@ -107,6 +108,7 @@ class ForwardScan {
   void read(const Step& step) {
     const int64_t m = s_.batch * step.tokens();
     errors_.resize(s_.batch * step.pairs * s_.width);
+    largest_errors_.assign(s_.batch * step.pairs, T(0));
     std::atomic<int64_t> odd_scores{-1}, odd_rows{-1};
     torch::stable::parallel_for(0, m, ProductKeySearch<T>::kBlock, [&](int64_t begin, int64_t end) {
       ProductKeySearch<T> search(s_.keys, s_.topk, o_.score, o_.eps);
@@ -132,7 +134,7 @@ class ForwardScan {
              std::to_string(written_) + " chunks written in this call";
     };
     STD_TORCH_CHECK(odd_scores < 0, "sub_keys: expected finite scores, got NaN or infinity (", where(odd_scores),
-                    "); the sub-keys are damaged or have diverged");
+                    "); the sub-keys are damaged or have diverged, or queries are too large");
     STD_TORCH_CHECK(odd_rows < 0, "values: expected a finite memory loss, got NaN or infinity (", where(odd_rows),
                     "); the rows read are damaged or have diverged");
   }
@@ -145,7 +147,7 @@ class ForwardScan {
     read_weights(o_.activation, T(o_.temperature), scores_.data() + t * n, n, a);
     for (int64_t r = 0; r < n; ++r) {
       const int32_t place = in_place_ ? -1 : newest_[slots[r]] - 1;
-      if (!in_place_) out_.read_from.mutable_data_ptr<int32_t>()[first_place(step) + t * n + r] = place;
+      if (!in_place_) read_from_[first_place(step) + t * n + r] = place;
       rows[r] = rows_.row(slots[r], place, in_place_ ? 0 : written_, !step.writes,
                           decayed ? decayed + r * s_.width : nullptr);
     }
@@ -174,7 +176,11 @@ class ForwardScan {
     k_.dots(&self, nullptr, 1, error, s_.width, &squared);
     loss = w * squared / T(s_.width);
     if (!std::isfinite(squared) || !std::isfinite(loss)) return false;
-    for (int64_t c = 0; c < s_.width; ++c) error[c] *= w;
+    T& largest = largest_errors_[token.b * step.pairs + token.i];
+    for (int64_t c = 0; c < s_.width; ++c) {
+      error[c] *= w;
+      largest = std::max(largest, std::abs(error[c]));
+    }
     if (b) {  // b = <V[slot], error> / (M V), then J b: d(memory loss) / d(scores)
       k_.dots(rows, nullptr, n, error, s_.width, b);
       for (int64_t r = 0; r < n; ++r) b[r] /= T(view_.pair_count(step)) * T(s_.width);
@@ -251,13 +257,8 @@ class ForwardScan {
     double weight = 0, error = 0;
     for (int64_t i = 0; i < s_.batch * step.tokens() * view_.reads; ++i)
       weight = std::max(weight, std::abs(double(weights_[i])));
-    const T* losses = out_.losses.const_data_ptr<T>();
-    for (int64_t b = 0; b < s_.batch; ++b)
-      for (int64_t i = 0; i < step.pairs; ++i) {
-        const double w = view_.loss_weight({b, i, step.first + i});
-        error = std::max(error, std::abs(w * double(losses[b * s_.pairs + step.pairs_before + i])) * double(s_.width));
-      }
-    const double sum = double(s_.batch * step.tokens() * view_.reads) * weight * std::sqrt(error);
+    for (const T e : largest_errors_) error = std::max(error, double(e));
+    const double sum = double(s_.batch * step.tokens() * view_.reads) * weight * error;
     constexpr double kLimit = std::numeric_limits<T>::max() * std::numeric_limits<T>::epsilon() / 4;
     return !(sum * std::max(1.0, scale) * std::max(1.0, std::abs(o_.lr)) < kLimit);
   }
@@ -336,7 +337,9 @@ class ForwardScan {
       }
     const bool idw = o_.score == Score::kIdw;
     if (idw)
-      for (int64_t l = 0; l < entries; ++l) alpha[l] *= 2 * std::exp(scores[l]);
+      torch::stable::parallel_for(0, entries, 4096, [&](int64_t begin, int64_t end) {
+        for (int64_t l = begin; l < end; ++l) alpha[l] *= 2 * std::exp(scores[l]);
+      });
 
     const int64_t half = s_.keys.half_width, open_bytes = (half + 7) / 8;
     T* next = next_keys_;
@@ -378,12 +381,14 @@ class ForwardScan {
   const RowReader<T> rows_;
   OrderedLists lists_;
   ZeroedTable newest_;  // slot -> newest place of the log + 1
+  int32_t* read_from_;
   T* next_keys_ = nullptr;
   T* keys_ = nullptr;  // sub-keys as the writes so far left them
   int64_t key_count_ = 0, written_ = 0;
   // of the current step
   std::vector<int32_t> slots_;                           // [m, H, R]
   std::vector<T> scores_, weights_, memory_terms_;       // [m, H, R]
+  std::vector<T> largest_errors_;                        // [B, pairs]  largest element of each
   std::vector<T> errors_;                                // [B, pairs, V]  w * (out - target)
   std::vector<int32_t> lists_scratch_, places_scratch_;  // in place only: nothing is saved
   std::vector<T> scores_scratch_, other_keys_;
@@ -460,6 +465,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> chunk_scan_in_place_cpu(
   check_in_place(values, "values");
   check_in_place(sub_keys, "sub_keys");
   const auto in = ScanInputs::prepare(values, sub_keys, query, target, loss_weights, mask);
+  values.mutable_data_ptr();  // a lazy copy becomes a real one, before its address is asked for
+  sub_keys.mutable_data_ptr();
   check_apart(sub_keys, "sub_keys", values, sub_keys);
   check_apart(in.query, "query", values, sub_keys);
   check_apart(in.target, "target", values, sub_keys);

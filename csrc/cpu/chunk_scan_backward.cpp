@@ -5,6 +5,7 @@
 // gamma = kappa / N_read;  g = -lr gamma open d(row after the write).  "mem" terms and second order: only when the
 // memory loss moved the sub-keys (values_only = False).
 #include <cstring>
+#include <memory>
 
 #include <torch/csrc/stable/library.h>
 
@@ -169,8 +170,9 @@ class BackwardScan {
     return row_id_[slot] = int32_t(row_step_.size());
   }
 
-  // ---- B1: one token, its rows and its rows of g --------------------------------------------------------------------
-  // mem: the memory loss moved the sub-keys; t: of every list entry, if the gradient comes back through that
+  // ---- tokens: one token, its rows and its rows of g
+  // -------------------------------------------------------------------- mem: the memory loss moved the sub-keys; t: of
+  // every list entry, if the gradient comes back through that
   void token_part(const SavedStep<T>& saved, bool mem, const std::vector<T>* t_of_entry) {
     const Step& step = saved.step;
     const int64_t n = view_.reads, width = s_.width, m = saved.m;
@@ -250,7 +252,7 @@ class BackwardScan {
           T gate, squared;
           k_.dots(&self, nullptr, 1, de.data(), width, &gate);
           k_.dots(&self, nullptr, 1, err.data(), width, &squared);
-          if (dgate) dgate[view_.at(token)] += gate + dloss * squared / T(width);
+          if (view_.loss_weights) dgate[view_.at(token)] += gate + dloss * squared / T(width);
           k_.dots(g_rows.data(), nullptr, touched, e.data(), width, dots.data());
           touched = 0;
           for (int64_t r = 0; r < n; ++r) {
@@ -267,7 +269,8 @@ class BackwardScan {
     });
   }
 
-  // ---- B2: one row, its reads in token order ------------------------------------------------------------------------
+  // ---- rows: one row, its reads in token order
+  // ------------------------------------------------------------------------
   void row_part(const SavedStep<T>& saved, bool second_order) {
     const int64_t n = view_.reads, width = s_.width;
     // Rows whose gradient somebody will read: those an earlier chunk wrote, and all when d(values) is wanted.
@@ -401,7 +404,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> chunk_scan_backward_c
   check_saved(open_keys, {z.open_keys, heads, 2, s.keys.sub_keys, (half + 7) / 8}, ScalarType::Byte, "open_keys");
   check_range(list_indices, 0, s.keys.sub_keys, "list_indices");
   check_range(places, 0, s.topk * s.topk, "places");
-  check_range(read_from, -1, std::max<int64_t>(z.places, 1), "read_from");
+  check_range(read_from, -1, z.places, "read_from");
 
   const ScanGradients grads{gradient(dout, {s.batch, own, s.width}, type, "dout"),
                             gradient(dweights, {s.batch, own, heads, s.topk}, type, "dweights"),

@@ -1,10 +1,12 @@
 // Who reads what, in which order: groups numbered entries by key without sorting. Each group is owned by one thread,
 // which adds its entries in their order; so a sum has the same bits for any number of threads, without atomics.
 #pragma once
+#include <sys/mman.h>
+
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <limits>
-#include <memory>
 #include <new>
 #include <vector>
 
@@ -14,20 +16,31 @@
 
 namespace fwpkm {
 
-// One int32 per slot or sub-key, zero at first. calloc: pages that are never touched cost nothing.
+// One int32 per slot or sub-key, zero at first. A large table is mapped: its pages come zeroed from the system, and
+// those that are never touched cost nothing. (calloc does this only until the first large block was freed.)
 class ZeroedTable {
  public:
-  explicit ZeroedTable(int64_t n) : data_(static_cast<int32_t*>(std::calloc(n > 0 ? n : 1, sizeof(int32_t)))) {
-    if (!data_) throw std::bad_alloc();
+  explicit ZeroedTable(int64_t n) : bytes_(size_t(std::max<int64_t>(n, 1)) * sizeof(int32_t)) {
+    void* p = mapped() ? mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
+                       : std::calloc(1, bytes_);
+    if (!p || p == MAP_FAILED) throw std::bad_alloc();
+    data_ = static_cast<int32_t*>(p);
   }
-  int32_t& operator[](int64_t i) { return data_.get()[i]; }
-  int32_t operator[](int64_t i) const { return data_.get()[i]; }
+  ~ZeroedTable() {
+    if (mapped())
+      munmap(data_, bytes_);
+    else
+      std::free(data_);
+  }
+  ZeroedTable(const ZeroedTable&) = delete;
+  ZeroedTable& operator=(const ZeroedTable&) = delete;
+  int32_t& operator[](int64_t i) { return data_[i]; }
+  int32_t operator[](int64_t i) const { return data_[i]; }
 
  private:
-  struct Free {
-    void operator()(int32_t* p) const { std::free(p); }
-  };
-  std::unique_ptr<int32_t, Free> data_;
+  bool mapped() const { return bytes_ >= size_t(1) << 18; }
+  size_t bytes_;
+  int32_t* data_;
 };
 
 class OrderedLists {

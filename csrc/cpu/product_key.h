@@ -80,6 +80,7 @@ class ProductKeySearch {
         const int64_t l = 2 * h * topk_, o = h * topk_;
         combine(r.list_scores + l, r.list_scores + l + topk_, r.list_indices + l, r.list_indices + l + topk_, topk_,
                 s_.sub_keys, r.places + o, r.slots + o, r.scores + o);
+        finite &= std::isfinite(r.scores[o]) && std::isfinite(r.scores[o + topk_ - 1]);  // the sum may overflow
       }
     }
     return finite;
@@ -141,13 +142,13 @@ void add_second_order(Activation f, T temperature, const T* a, const T* z, const
     for (int64_t r = 0; r < n; ++r) mean_b += a[r] * b[r], mean_t += a[r] * t[r];
     for (int64_t r = 0; r < n; ++r) mean += a[r] * (b[r] - mean_b) * (t[r] - mean_t);
     for (int64_t r = 0; r < n; ++r)
-      out[r] += a[r] * ((b[r] - mean_b) * (t[r] - mean_t) - mean) / (temperature * temperature);
+      out[r] += a[r] * ((b[r] - mean_b) * (t[r] - mean_t) - mean) / temperature / temperature;
     return;
   }
   for (int64_t r = 0; r < n; ++r) {
     T d1, d2;
     curve(f, z[r] / temperature, d1, d2);
-    out[r] += b[r] * t[r] * d2 / (temperature * temperature);
+    out[r] += b[r] * t[r] * d2 / temperature / temperature;
   }
 }
 

@@ -62,6 +62,7 @@ std::tuple<Tensor, Tensor> product_key_topk_backward_cpu(const Tensor& dscores, 
   const bool idw = parse_score(score) == Score::kIdw;
   const auto type = sub_keys.scalar_type();
   const int64_t topk = indices.size(indices.dim() - 1), heads = s.heads, half = s.half_width, reads = heads * topk;
+  check_topk(topk, s);
   bool same = indices.dim() == query.dim();
   for (int64_t i = 0; same && i + 1 < indices.dim(); ++i) same = indices.size(i) == query.size(i);
   STD_TORCH_CHECK(same,

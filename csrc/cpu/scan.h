@@ -32,8 +32,8 @@ struct ScanView {
   const ScanSizes& s;
   const ScanOptions& o;
   const T *query, *target, *loss_weights;
-  const bool* mask;
-  int64_t reads;  // H*R, of one token
+  const uint8_t* mask;  // not bool: a byte other than 0 and 1 is true as well
+  int64_t reads;        // H*R, of one token
 
   ScanView(const ScanInputs& in, const ScanSizes& sizes, const ScanOptions& options)
       : s(sizes),
@@ -41,7 +41,7 @@ struct ScanView {
         query(in.query.const_data_ptr<T>()),
         target(in.target.const_data_ptr<T>()),
         loss_weights(in.loss_weights ? in.loss_weights->const_data_ptr<T>() : nullptr),
-        mask(in.mask ? in.mask->const_data_ptr<bool>() : nullptr),
+        mask(in.mask ? static_cast<const uint8_t*>(in.mask->const_data_ptr()) : nullptr),
         reads(sizes.reads_per_token()) {}
 
   // Tokens of a step are numbered t = b * step.tokens() + i and stand at x = step.first + i of batch row b.
@@ -55,7 +55,7 @@ struct ScanView {
   int64_t at(const Token& k) const { return k.b * s.length + k.x; }                                 // in (B, T)
   int64_t own_row(const Token& k) const { return k.b * (s.length - o.carried) + k.x - o.carried; }  // in the outputs
   int64_t target_row(const Token& k) const { return at(k) + o.lookahead; }
-  bool has_pair(const Step& step, const Token& k) const { return k.i < step.pairs && (!mask || mask[at(k)]); }
+  bool has_pair(const Step& step, const Token& k) const { return k.i < step.pairs && (!mask || mask[at(k)] != 0); }
   T loss_weight(const Token& k) const { return loss_weights ? loss_weights[at(k)] : T(1); }
   const T* query_half(const Token& k, int64_t h, int64_t p) const {
     return query + ((at(k) * s.keys.heads + h) * 2 + p) * s.keys.half_width;
@@ -74,7 +74,7 @@ struct ScanView {
     if (mask) {
       samples = 0;
       for (int64_t b = 0; b < s.batch; ++b)
-        for (int64_t i = 0; i < step.pairs; ++i) samples += mask[b * s.length + step.first + i];
+        for (int64_t i = 0; i < step.pairs; ++i) samples += mask[b * s.length + step.first + i] != 0;
     }
     return double(samples) / double(pair_count(step)) * double(reads);
   }

@@ -286,13 +286,29 @@ void step(const T* old, const T* sum, T scale, T lr, T clip, int64_t width, T* n
   }
 }
 
+template <int64_t N>
+struct Size {
+  static constexpr int64_t value = N;
+};
+
 template <typename T>
 void scaled(const T* x, T a, int64_t times, int64_t width, T* y) {
-  for (int64_t c = 0; c < width; ++c) {
-    T v = x[c];
-    for (int64_t n = 0; n < times; ++n) v *= a;
-    y[c] = v;
-  }
+  // Elements side by side: one chain of multiplications alone waits for each of them.
+  constexpr int64_t kBlock = 8 * kLanes<T>;
+  int64_t c = 0;
+  const auto block = [&](auto size) {
+    constexpr int64_t n = decltype(size)::value;
+    for (; c + n <= width; c += n) {
+      T v[n];
+      for (int64_t l = 0; l < n; ++l) v[l] = x[c + l];
+      for (int64_t i = 0; i < times; ++i)
+        for (int64_t l = 0; l < n; ++l) v[l] *= a;
+      for (int64_t l = 0; l < n; ++l) y[c + l] = v[l];
+    }
+  };
+  block(Size<kBlock>{});
+  block(Size<kLanes<T>>{});
+  block(Size<1>{});
 }
 
 template <typename T>
@@ -311,7 +327,8 @@ constexpr Kernels<T> table() {
 
 }  // namespace
 
-extern const Kernels<float> kFloat = table<float>();
-extern const Kernels<double> kDouble = table<double>();
+// constinit: no code of a newer instruction set may run when the library is loaded.
+extern constinit const Kernels<float> kFloat = table<float>();
+extern constinit const Kernels<double> kDouble = table<double>();
 
 }  // namespace fwpkm::vector::FWPKM_VECTOR_NAMESPACE

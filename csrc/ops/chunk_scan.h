@@ -197,6 +197,10 @@ inline ScanSizes check_scan(const Tensor& values, const Tensor& sub_keys, const 
   STD_TORCH_CHECK(s.batch * s.tokens * s.reads_per_token() <= std::numeric_limits<int32_t>::max(),
                   "query: expected fewer than 2^31 reads B*T*H*R in one call, got ",
                   s.batch * s.tokens * s.reads_per_token(), "; split the call along T");
+  for (const Step& step : s.steps)
+    STD_TORCH_CHECK(2 * s.batch * step.tokens() * s.reads_per_token() <= std::numeric_limits<int32_t>::max(),
+                    "chunk_size: expected fewer than 2^30 reads B*C*H*R in one chunk, got ",
+                    s.batch * step.tokens() * s.reads_per_token());
   return s;
 }
 

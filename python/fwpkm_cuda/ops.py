@@ -45,8 +45,8 @@ def product_key_topk(query, sub_keys, topk, score="dot", eps=1e-3):
 
     query (..., H, K), sub_keys (H, 2, P, K/2) -> scores (..., H, R), indices (..., H, R) int32, by falling score.
     A slot i*P + j scores s_0[i] + s_1[j], with s_p[j] = <query_p, k_pj> ("dot") or -ln(eps + |query_p - k_pj|^2)
-    ("idw"). Exact ties go to the smaller sub-key, then to the smaller slot. 1 <= topk <= P. Differentiable once with
-    respect to query and sub_keys (the slots are constants).
+    ("idw"). Ties go to the smaller sub-key, where products or distances are equal, then to the smaller slot, where sums
+    are. 1 <= topk <= P. Differentiable once with respect to query and sub_keys (the slots are constants).
 
     Equivalent to `reference.product_key_topk`; docs/mathematics.md, section 2."""
     return _ops.product_key_topk(query, sub_keys, topk, score, eps)
@@ -101,7 +101,8 @@ def chunk_scan(
     score, eps       "dot" or "idw", as in `product_key_topk`
     activation       weights from scores / temperature: "softmax" jointly over H*R, or elementwise "silu" or "relu"
     lr, weight_decay, grad_clip     w <- w - lr (clip(g) + weight_decay w); grad_clip None or the largest |g|.
-                     Weight decay touches every row at commit, nothing else here does.
+                     Weight decay is the one thing that touches every row: at commit, or in place at every chunk.
+                     (A differentiable scan multiplies a row, at each read, once for every write it has missed.)
     write_rule       "paper": each row's gradient divided by N_read; "release": times (N/M) R H / N_read
     values_only      True: sub-keys follow the addressing loss alone; False: the memory loss as well
     addressing_weight               weight of the addressing loss (0: none)
@@ -113,8 +114,8 @@ def chunk_scan(
 
     Gradients of out, weights, losses, addressing_loss, new_rows and new_sub_keys with respect to query, target,
     loss_weights, sub_keys and values are exact (once); slots, N_read, mask and the cut of the top-k are constants.
-    Memory: the log new_rows has one row per read, B*T*H*R*V numbers, of which only the touched ones are ever written
-    with a row; plus one copy of sub_keys per write.
+    Forward-mode derivatives (torch.func.jvp) are not supported. Memory: the log new_rows has one row per read,
+    B*T*H*R*V numbers (zeros where two reads of a chunk share a row), plus one copy of sub_keys per write.
 
     Equivalent to `reference.chunk_scan`; docs/mathematics.md, sections 2 to 5."""
     result = _ops.chunk_scan(
@@ -219,7 +220,7 @@ def _(dout, values, indices):
     return values.new_empty(indices.shape)
 
 
-def _scan_outputs(values, sub_keys, query, chunk_size, lookahead, grad_clip, keys_move, boundary, carried, flush):
+def _scan_outputs(values, sub_keys, query, chunk_size, lookahead, boundary, carried, flush):
     """Shapes of chunk_scan's outputs (csrc/ops/chunk_scan.h `schedule`, in closed form for symbolic T)."""
     B, T, H, K = query.shape
     V, half = values.shape[1], sub_keys.shape[3]
@@ -251,7 +252,7 @@ def _(
     _one_device(values=values, sub_keys=sub_keys, query=query, target=target, loss_weights=loss_weights, mask=mask)
     moves = _keys_move(lr, weight_decay, values_only, addressing_weight)
     B, own, H, V, half, writes, pairs, tokens, tail = _scan_outputs(
-        values, sub_keys, query, chunk_size, lookahead, grad_clip, moves, boundary, carried, flush
+        values, sub_keys, query, chunk_size, lookahead, boundary, carried, flush
     )
     places, saved = B * tokens * H * topk, B * (tokens + tail)
     clips = 0 if grad_clip is None else 1
@@ -282,7 +283,7 @@ def _(
 ):  # fmt: skip
     _one_device(values=values, sub_keys=sub_keys, query=query, target=target, loss_weights=loss_weights, mask=mask)
     B, own, H, V, _, writes, pairs, _, _ = _scan_outputs(
-        values, sub_keys, query, chunk_size, lookahead, grad_clip, False, boundary, carried, flush
+        values, sub_keys, query, chunk_size, lookahead, boundary, carried, flush
     )
     new = values.new_empty
     return (
@@ -325,7 +326,7 @@ def _(
         open_keys=open_keys,
     )
     reads = places.numel() if need_dvalues else 0
-    weights = query if loss_weights is None else loss_weights
+    weights = values if loss_weights is None else loss_weights
     return (
         query.new_empty(query.shape),
         target.new_empty(target.shape),

@@ -37,20 +37,25 @@ class Scan(NamedTuple):
 
 
 # ------------------------------------------------------------------------------------------------------------- read
-def sub_scores(query, sub_keys, score="dot", eps=1e-3):
-    """s[p,j] = <q_p, k_pj> ("dot") or -ln(eps + |q_p - k_pj|^2) ("idw").  (N,H,K), (H,2,P,K/2) -> (N,H,2,P)"""
+def similarities(query, sub_keys, score="dot"):
+    """<q_p, k_pj> ("dot") or -|q_p - k_pj|^2 ("idw").  (N,H,K), (H,2,P,K/2) -> (N,H,2,P)"""
     q = query.unflatten(-1, (2, -1))
     if score == "dot":
         return torch.einsum("...hpk,hpjk->...hpj", q, sub_keys)
-    return -(eps + (q.unsqueeze(-2) - sub_keys).square().sum(-1)).log()
+    return -(q.unsqueeze(-2) - sub_keys).square().sum(-1)
+
+
+def sub_scores(similarity, score="dot", eps=1e-3):
+    """s[p,j] = <q_p, k_pj> ("dot") or -ln(eps + |q_p - k_pj|^2) ("idw")"""
+    return similarity if score == "dot" else -(eps - similarity).log()
 
 
 def product_key_topk(query, sub_keys, topk, score="dot", eps=1e-3) -> Reads:
-    """The R best sub-keys of each half, then the R best of the R*R sums z = s_0[i] + s_1[j] at slot i*P + j.
+    """The R most similar sub-keys of each half, then the R best of the R*R sums z = s_0[i] + s_1[j] at slot i*P + j.
 
-    Ties go to the smaller sub-key, then to the smaller slot."""
-    s, ids = sub_scores(query, sub_keys, score, eps).sort(dim=-1, descending=True, stable=True)
-    s, ids = s[..., :topk], ids[..., :topk]
+    Equal similarities go to the smaller sub-key, then equal sums to the smaller slot."""
+    similarity, ids = similarities(query, sub_keys, score).sort(dim=-1, descending=True, stable=True)
+    s, ids = sub_scores(similarity[..., :topk], score, eps), ids[..., :topk]
     z = (s[..., 0, :, None] + s[..., 1, None, :]).flatten(-2)
     slots = (ids[..., 0, :, None] * sub_keys.shape[2] + ids[..., 1, None, :]).flatten(-2)
     by_slot = slots.argsort(-1)
