@@ -108,7 +108,7 @@ class ForwardScan {
   void read(const Step& step) {
     const int64_t m = s_.batch * step.tokens();
     errors_.resize(s_.batch * step.pairs * s_.width);
-    largest_errors_.assign(s_.batch * step.pairs, T(0));
+    largest_errors_.assign(s_.batch * step.pairs, 0.0);
     std::atomic<int64_t> odd_scores{-1}, odd_rows{-1};
     torch::stable::parallel_for(0, m, ProductKeySearch<T>::kBlock, [&](int64_t begin, int64_t end) {
       ProductKeySearch<T> search(s_.keys, s_.topk, o_.score, o_.eps);
@@ -176,11 +176,12 @@ class ForwardScan {
     k_.dots(&self, nullptr, 1, error, s_.width, &squared);
     loss = w * squared / T(s_.width);
     if (!std::isfinite(squared) || !std::isfinite(loss)) return false;
-    T& largest = largest_errors_[token.b * step.pairs + token.i];
-    for (int64_t c = 0; c < s_.width; ++c) {
-      error[c] *= w;
-      largest = std::max(largest, std::abs(error[c]));
-    }
+    for (int64_t c = 0; c < s_.width; ++c) error[c] *= w;
+    // No element is larger than the root of the sum of squares, unless these were too small to be held.
+    double largest = std::sqrt(double(squared)) * std::abs(double(w));
+    if (squared < T(1e-30))
+      for (int64_t c = 0; c < s_.width; ++c) largest = std::max(largest, std::abs(double(error[c])));
+    largest_errors_[token.b * step.pairs + token.i] = largest;
     if (b) {  // b = <V[slot], error> / (M V), then J b: d(memory loss) / d(scores)
       k_.dots(rows, nullptr, n, error, s_.width, b);
       for (int64_t r = 0; r < n; ++r) b[r] /= T(view_.pair_count(step)) * T(s_.width);
@@ -257,7 +258,7 @@ class ForwardScan {
     double weight = 0, error = 0;
     for (int64_t i = 0; i < s_.batch * step.tokens() * view_.reads; ++i)
       weight = std::max(weight, std::abs(double(weights_[i])));
-    for (const T e : largest_errors_) error = std::max(error, double(e));
+    for (const double e : largest_errors_) error = std::max(error, e);
     const double sum = double(s_.batch * step.tokens() * view_.reads) * weight * error;
     constexpr double kLimit = std::numeric_limits<T>::max() * std::numeric_limits<T>::epsilon() / 4;
     return !(sum * std::max(1.0, scale) * std::max(1.0, std::abs(o_.lr)) < kLimit);
@@ -343,7 +344,7 @@ class ForwardScan {
 
     const int64_t half = s_.keys.half_width, open_bytes = (half + 7) / 8;
     T* next = next_keys_;
-    k_.scaled(keys_, T(o_.keep()), o_.decays(), key_count_, next);
+    each_key([&](int64_t at) { k_.scaled(keys_ + at, T(o_.keep()), o_.decays(), half, next + at); });
     uint8_t* open = nullptr;
     if (!in_place_ && o_.clips()) {
       const int64_t bytes = key_count_ / half * open_bytes;
@@ -360,15 +361,28 @@ class ForwardScan {
           k_.step(next + at, sum, T(1), T(o_.lr), T(o_.grad_clip), half, next + at,
                   open ? open + group.key * open_bytes : nullptr);
         });
-    STD_TORCH_CHECK(k_.all_finite(next, key_count_), "sub_keys: expected finite numbers after the write of chunk ",
-                    written_, ", got an overflow; lr, weight_decay or addressing_weight is too large, or queries are");
+    std::atomic<bool> odd{false};
+    each_key([&](int64_t at) {
+      if (!k_.all_finite(next + at, half)) odd = true;
+    });
+    STD_TORCH_CHECK(!odd, "sub_keys: expected finite numbers after the write of chunk ", written_,
+                    ", got an overflow; lr, weight_decay or addressing_weight is too large, or queries are");
   }
 
   void write_keys() {
     if (!in_place_)
       keys_ = next_keys_;
     else if (next_keys_ != keys_)
-      std::memcpy(sub_keys_, next_keys_, key_count_ * sizeof(T));
+      each_key([&](int64_t at) { std::memcpy(sub_keys_ + at, next_keys_ + at, s_.keys.half_width * sizeof(T)); });
+  }
+
+  // f(offset of the sub-key) for every sub-key, in parallel.
+  template <typename F>
+  void each_key(const F& f) const {
+    const int64_t half = s_.keys.half_width;
+    torch::stable::parallel_for(0, key_count_ / half, 128, [&](int64_t begin, int64_t end) {
+      for (int64_t j = begin; j < end; ++j) f(j * half);
+    });
   }
 
   const ScanSizes& s_;
@@ -388,7 +402,7 @@ class ForwardScan {
   // of the current step
   std::vector<int32_t> slots_;                           // [m, H, R]
   std::vector<T> scores_, weights_, memory_terms_;       // [m, H, R]
-  std::vector<T> largest_errors_;                        // [B, pairs]  largest element of each
+  std::vector<double> largest_errors_;                   // [B, pairs]  no element of an error is larger
   std::vector<T> errors_;                                // [B, pairs, V]  w * (out - target)
   std::vector<int32_t> lists_scratch_, places_scratch_;  // in place only: nothing is saved
   std::vector<T> scores_scratch_, other_keys_;

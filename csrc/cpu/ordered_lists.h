@@ -1,13 +1,13 @@
 // Who reads what, in which order: groups numbered entries by key without sorting. Each group is owned by one thread,
 // which adds its entries in their order; so a sum has the same bits for any number of threads, without atomics.
 #pragma once
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <limits>
+#include <memory>
 #include <new>
+#include <utility>
 #include <vector>
 
 #include <torch/csrc/stable/ops.h>
@@ -16,31 +16,23 @@
 
 namespace fwpkm {
 
-// One int32 per slot or sub-key, zero at first. A large table is mapped: its pages come zeroed from the system, and
-// those that are never touched cost nothing. (calloc does this only until the first large block was freed.)
+// One int32 per slot or sub-key, zero at first.
 class ZeroedTable {
  public:
-  explicit ZeroedTable(int64_t n) : bytes_(size_t(std::max<int64_t>(n, 1)) * sizeof(int32_t)) {
-    void* p = mapped() ? mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
-                       : std::calloc(1, bytes_);
-    if (!p || p == MAP_FAILED) throw std::bad_alloc();
-    data_ = static_cast<int32_t*>(p);
+  explicit ZeroedTable(int64_t n)
+      : size_(std::max<int64_t>(n, 1)), data_(static_cast<int32_t*>(std::calloc(size_, sizeof(int32_t)))) {
+    if (!data_) throw std::bad_alloc();
   }
-  ~ZeroedTable() {
-    if (mapped())
-      munmap(data_, bytes_);
-    else
-      std::free(data_);
-  }
-  ZeroedTable(const ZeroedTable&) = delete;
-  ZeroedTable& operator=(const ZeroedTable&) = delete;
-  int32_t& operator[](int64_t i) { return data_[i]; }
-  int32_t operator[](int64_t i) const { return data_[i]; }
+  int64_t size() const { return size_; }
+  int32_t& operator[](int64_t i) { return data_.get()[i]; }
+  int32_t operator[](int64_t i) const { return data_.get()[i]; }
 
  private:
-  bool mapped() const { return bytes_ >= size_t(1) << 18; }
-  size_t bytes_;
-  int32_t* data_;
+  struct Free {
+    void operator()(int32_t* p) const { std::free(p); }
+  };
+  int64_t size_;
+  std::unique_ptr<int32_t, Free> data_;
 };
 
 class OrderedLists {
@@ -49,28 +41,40 @@ class OrderedLists {
     int32_t key, first, last, count;
   };
 
-  explicit OrderedLists(int64_t num_keys) : group_of_(num_keys) {}
+  // The table is all zeros between two builds, so the next OrderedLists of the thread takes it as it is: a call with
+  // few tokens would otherwise spend its time on clearing one number per slot.
+  explicit OrderedLists(int64_t num_keys) : group_of_(std::move(spare())) {
+    if (!group_of_ || group_of_->size() < num_keys) group_of_ = std::make_unique<ZeroedTable>(num_keys);
+  }
+  ~OrderedLists() {
+    if (clean_ && (!spare() || spare()->size() < group_of_->size())) spare() = std::move(group_of_);
+  }
+  OrderedLists(const OrderedLists&) = delete;
+  OrderedLists& operator=(const OrderedLists&) = delete;
 
   // key_of(i) for the entries 0 <= i < n. Groups come in the order of their first entries.
   template <typename KeyOf>
   void build(int64_t n, const KeyOf& key_of) {
     STD_TORCH_CHECK(n <= std::numeric_limits<int32_t>::max(), "expected fewer than 2^31 reads in one call, got ", n);
+    clean_ = false;
     groups_.clear();
     next_.resize(n);
+    ZeroedTable& group_of = *group_of_;
     for (int32_t i = 0; i < n; ++i) {
       const int32_t key = key_of(i);
       next_[i] = -1;
-      if (const int32_t g = group_of_[key]) {
+      if (const int32_t g = group_of[key]) {
         Group& group = groups_[g - 1];
         next_[group.last] = i;
         group.last = i;
         ++group.count;
       } else {
         groups_.push_back({key, i, i, 1});
-        group_of_[key] = int32_t(groups_.size());
+        group_of[key] = int32_t(groups_.size());
       }
     }
-    for (const Group& group : groups_) group_of_[group.key] = 0;
+    for (const Group& group : groups_) group_of[group.key] = 0;
+    clean_ = true;
   }
 
   const std::vector<Group>& groups() const { return groups_; }
@@ -97,7 +101,13 @@ class OrderedLists {
   }
 
  private:
-  ZeroedTable group_of_;  // key -> its group + 1, while building
+  static std::unique_ptr<ZeroedTable>& spare() {
+    static thread_local std::unique_ptr<ZeroedTable> table;
+    return table;
+  }
+
+  std::unique_ptr<ZeroedTable> group_of_;  // key -> its group + 1, while building
+  bool clean_ = true;                      // group_of_ is all zeros
   std::vector<Group> groups_;
   std::vector<int32_t> next_;
 };
