@@ -109,7 +109,7 @@ class ForwardScan {
     const int64_t m = s_.batch * step.tokens();
     errors_.resize(s_.batch * step.pairs * s_.width);
     largest_errors_.assign(s_.batch * step.pairs, 0.0);
-    std::atomic<int64_t> odd_scores{-1}, odd_rows{-1};
+    std::atomic<int64_t> odd_scores{-1}, odd_rows{-1};  // one of such tokens; which one, depends on the threads
     torch::stable::parallel_for(0, m, ProductKeySearch<T>::kBlock, [&](int64_t begin, int64_t end) {
       ProductKeySearch<T> search(s_.keys, s_.topk, o_.score, o_.eps);
       std::vector<const T*> rows(view_.reads);
@@ -285,7 +285,8 @@ class ForwardScan {
     });
   }
 
-  // Weight decay: the newest rows catch up with the writes since their own.
+  // Weight decay: the newest rows catch up with the writes since their own. The backward pass does not miss what they
+  // were: a writing step replaces every row it reads, so none of them has read a row that is still the newest.
   void finish_rows() {
     if (in_place_ || !o_.decays()) return;
     const int32_t* new_slots = out_.new_slots.mutable_data_ptr<int32_t>();

@@ -58,7 +58,7 @@ std::tuple<Tensor, Tensor> product_key_topk_backward_cpu(const Tensor& dscores, 
   check_query(query, sub_keys, s);
   check_eps(eps);
   check_dtype(indices, ScalarType::Int, "indices", "as product_key_topk returns them");
-  check_per_read(dscores, indices, sub_keys.scalar_type(), "dscores");
+  check_per_read(dscores, indices, sub_keys, "dscores", "sub_keys");
   const bool idw = parse_score(score) == Score::kIdw;
   const auto type = sub_keys.scalar_type();
   const int64_t topk = indices.size(indices.dim() - 1), heads = s.heads, half = s.half_width, reads = heads * topk;

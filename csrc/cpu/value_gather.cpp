@@ -37,7 +37,7 @@ Tensor value_gather_cpu(const Tensor& values, const Tensor& indices, const Tenso
   check_values(values);
   check_device(indices, values, "indices", "values");
   const Tensor ids = checked_indices(indices, values.size(0));
-  check_per_read(weights, indices, values.scalar_type(), "weights");
+  check_per_read(weights, indices, values, "weights", "values");
   const auto type = values.scalar_type();
   const Tensor v = prepared(values, type), w = prepared(weights, type);
   const int64_t width = v.size(1), reads = reads_of(indices);
@@ -66,7 +66,7 @@ Tensor value_gather_dvalues_cpu(const Tensor& dout, const Tensor& indices, const
   check_indices_dtype(indices);
   check_dout(dout, indices);
   const Tensor ids = checked_indices(indices, num_slots);
-  check_per_read(weights, indices, dout.scalar_type(), "weights");
+  check_per_read(weights, indices, dout, "weights", "dout");
   const auto type = dout.scalar_type();
   const Tensor d = prepared(dout, type), w = prepared(weights, type);
   const int64_t width = d.size(d.dim() - 1), reads = reads_of(indices);

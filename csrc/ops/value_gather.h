@@ -12,9 +12,10 @@ inline void check_indices_dtype(const Tensor& indices) {
   STD_TORCH_CHECK(indices.dim() >= 1, "indices: expected at least 1 dimension (..., R), got a scalar");
 }
 
-// weights or any other tensor with one number per read
-inline void check_per_read(const Tensor& t, const Tensor& indices, ScalarType type, const char* name) {
-  check_dtype(t, type, name, "the dtype of values");
+// weights or any other tensor with one number per read, of the dtype of `like`
+inline void check_per_read(const Tensor& t, const Tensor& indices, const Tensor& like, const char* name,
+                           const char* like_name) {
+  check_dtype(t, like.scalar_type(), name, (std::string("the dtype of ") + like_name).c_str());
   bool same = t.dim() == indices.dim();
   for (int64_t d = 0; same && d < t.dim(); ++d) same = t.size(d) == indices.size(d);
   STD_TORCH_CHECK(same, name, ": expected the shape of indices ", shape_string(indices), ", got ", shape_string(t));

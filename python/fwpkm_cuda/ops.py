@@ -155,9 +155,9 @@ def chunk_scan_(
 
     The same bits as `chunk_scan` followed by `commit_`. A stream is fed call by call with flush=False: give the pending
     tokens (a partial chunk; with "carry" the last L tokens before it, and carried=L) again in front of the new ones;
-    what they read comes out the same. Raises if an input requires grad while grad mode is on. With NaN or infinity in
-    query, target or loss_weights it raises before anything is written; should the memory itself diverge during a call,
-    it raises before writing that chunk."""
+    what they read comes out the same. Raises if an input requires grad while grad mode is on. NaN or infinity in query,
+    or in a target or loss weight that a pair uses, raises before anything is written; should the memory itself diverge
+    during a call, it raises before that chunk is written, and the chunks before it stay."""
     return Reading(
         *_ops.chunk_scan_(
             values, sub_keys, query, target, loss_weights, mask, topk, chunk_size, lookahead, score, eps, activation,

@@ -83,13 +83,12 @@ def memory_error(out, target, loss_weights=None, mask=None, lookahead=1):
     out, target (B,n,V) -> e (B,u,V), l (B,u) of the u = max(n - L, 0) pairs, and how many of them the mask keeps"""
     u = max(out.shape[1] - lookahead, 0)
     difference = out[:, :u] - target[:, lookahead:]
-    w = torch.ones_like(difference[..., 0])
-    if mask is not None:  # a masked token may have anything, NaN too, for a target
-        w = w * mask[:, :u]
+    w = torch.ones_like(difference[..., 0]) if loss_weights is None else loss_weights[:, :u].to(difference.dtype)
+    counting = w.numel()
+    if mask is not None:  # a masked token may have anything, NaN too, for a target and a loss weight
+        w = w.masked_fill(~mask[:, :u], 0)
         difference = difference.masked_fill(~mask[:, :u, None], 0)
-    counting = int(w.count_nonzero())
-    if loss_weights is not None:
-        w = w * loss_weights[:, :u]
+        counting = int(mask[:, :u].sum())
     return w.unsqueeze(-1) * difference, w * difference.square().mean(-1), counting
 
 
