@@ -24,7 +24,8 @@ INCLUDES = {
 IMPORTS = {
     "__init__": {"_library", "_version", "ops", "reference"},
     "__main__": {"_library", "_version"},
-    "ops": set(),
+    "ops": {"registration"},
+    "registration": set(),
     "reference": set(),
     "_library": set(),
     "_version": set(),
