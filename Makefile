@@ -80,5 +80,5 @@ $(ENVIRONMENT): .make/settings
 	touch $@
 
 $(BUILD): $(ENVIRONMENT) .make/build-settings $(BUILD_INPUTS)
-	$(BIN)/pip install -q --no-build-isolation --no-deps -e .
+	$(BIN)/pip install -q --no-build-isolation -e .
 	touch $@

@@ -17,7 +17,7 @@ STABLE_TORCH_LIBRARY(fwpkm, m) {
   // The three derivatives of the trilinear form sum_r weights[r] <values[indices[r]], dout>.
   m.def("value_gather(Tensor values, Tensor indices, Tensor weights, bool sparse_grad=False) -> Tensor");
   m.def("value_gather_dvalues(Tensor dout, Tensor indices, Tensor weights, SymInt num_slots) -> Tensor");
-  m.def("value_gather_dweights(Tensor dout, Tensor values, Tensor indices) -> Tensor");
+  m.def("value_gather_dweights(Tensor dout, Tensor values, Tensor indices, bool sparse_grad=False) -> Tensor");
 
   m.def("chunk_scan(Tensor values, Tensor sub_keys, Tensor query, Tensor target, Tensor? loss_weights, "
         "Tensor? mask, " FWPKM_SCAN_OPTIONS ", bool sparse_grad=True) -> ("

@@ -22,9 +22,14 @@ INCLUDES = {
 }
 # module -> modules of the package it may import when it is loaded
 IMPORTS = {
-    "__init__": {"_library", "_version", "ops", "reference"},
+    "__init__": {"_library", "_version", "fast_mlp", "layers", "memory", "ops", "reference", "statistics"},
     "__main__": {"_library", "_version"},
+    "layers": {"fast_mlp", "memory", "ops"},
+    "fast_mlp": {"memory"},
+    "memory": {"ops", "storage"},
     "ops": {"registration"},
+    "statistics": set(),
+    "storage": set(),
     "registration": set(),
     "reference": set(),
     "_library": set(),

@@ -89,7 +89,7 @@ Tensor value_gather_dvalues_cpu(const Tensor& dout, const Tensor& indices, const
 }
 
 // dweights[..., r] = <dout, values[indices[..., r]]>
-Tensor value_gather_dweights_cpu(const Tensor& dout, const Tensor& values, const Tensor& indices) {
+Tensor value_gather_dweights_cpu(const Tensor& dout, const Tensor& values, const Tensor& indices, bool) {
   check_values(values);
   check_indices_dtype(indices);
   check_dout(dout, indices);

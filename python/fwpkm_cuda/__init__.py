@@ -10,20 +10,35 @@ from ._library import library_path, load_error
 from ._version import __version__
 
 __all__ = [
+    "MLPMemory",
+    "Memory",
+    "PKM",
+    "FwMLP",
+    "FwPKM",
     "Scan",
+    "Usage",
     "__version__",
     "chunk_scan",
     "chunk_scan_",
     "commit_",
+    "gate_histogram",
     "library_path",
     "product_key_topk",
+    "random_usage",
+    "read_counts",
     "reference",
+    "usage",
+    "value_dot",
     "value_gather",
 ]
 
 if load_error is None:
     from . import reference
-    from .ops import Scan, chunk_scan, chunk_scan_, commit_, product_key_topk, value_gather
+    from .fast_mlp import MLPMemory
+    from .layers import PKM, FwMLP, FwPKM
+    from .memory import Memory
+    from .ops import Scan, chunk_scan, chunk_scan_, commit_, product_key_topk, value_dot, value_gather
+    from .statistics import Usage, gate_histogram, random_usage, read_counts, usage
 else:  # importable all the same: `python -m fwpkm_cuda` says what is wrong
 
     def __getattr__(name):

@@ -65,6 +65,16 @@ def value_gather(values, indices, weights, sparse_grad=False):
     return _ops.value_gather(values, indices, weights, sparse_grad)
 
 
+def value_dot(values, indices, vector, sparse_grad=False):
+    """out[..., r] = <vector, values[indices[..., r]]>: the derivative of `value_gather` by its weights, on its own.
+
+    values (S, V), indices (..., R) int32 or int64, vector (..., V) of the dtype of values -> (..., R). Gradients as
+    `value_gather`.
+
+    Equivalent to `(vector.unsqueeze(-2) * values[indices]).sum(-1)`."""
+    return _ops.value_gather_dweights(vector, values, indices, sparse_grad)
+
+
 def chunk_scan(
     values,
     sub_keys,

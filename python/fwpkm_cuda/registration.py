@@ -45,7 +45,7 @@ def _(dout, indices, weights, num_slots):
 
 
 @torch.library.register_fake("fwpkm::value_gather_dweights")
-def _(dout, values, indices):
+def _(dout, values, indices, sparse_grad=False):
     _one_device(values=values, dout=dout, indices=indices)
     return values.new_empty(indices.shape)
 
@@ -194,14 +194,19 @@ def _gather_setup(ctx, inputs, output):
     ctx.save_for_backward(*tensors)
 
 
+def _dvalues(dout, indices, weights, num_slots, sparse):
+    if not sparse:
+        return _ops.value_gather_dvalues(dout, indices, weights, num_slots)
+    rows = (weights.unsqueeze(-1) * dout.unsqueeze(-2)).flatten(0, -2)
+    shape = (num_slots, dout.shape[-1])
+    return torch.sparse_coo_tensor(indices.reshape(1, -1).long(), rows, shape, check_invariants=False)
+
+
 def _gather_backward(ctx, dout):
     values, indices, weights = ctx.saved_tensors
     dvalues = dweights = None
-    if ctx.needs_input_grad[0] and ctx.sparse_grad:
-        rows = (weights.unsqueeze(-1) * dout.unsqueeze(-2)).flatten(0, -2)
-        dvalues = torch.sparse_coo_tensor(indices.reshape(1, -1).long(), rows, values.shape, check_invariants=False)
-    elif ctx.needs_input_grad[0]:
-        dvalues = _ops.value_gather_dvalues(dout, indices, weights, values.shape[0])
+    if ctx.needs_input_grad[0]:
+        dvalues = _dvalues(dout, indices, weights, values.shape[0], ctx.sparse_grad)
     if ctx.needs_input_grad[2]:
         dweights = _ops.value_gather_dweights(dout, values, indices)
     return dvalues, None, dweights, None
@@ -229,14 +234,16 @@ torch.library.register_autograd("fwpkm::value_gather_dvalues", _dvalues_backward
 
 
 def _dweights_setup(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
+    *tensors, ctx.sparse_grad = inputs
+    ctx.save_for_backward(*tensors)
 
 
 def _dweights_backward(ctx, grad):
     dout, values, indices = ctx.saved_tensors
     return (
         _ops.value_gather(values, indices, grad) if ctx.needs_input_grad[0] else None,
-        _ops.value_gather_dvalues(dout, indices, grad, values.shape[0]) if ctx.needs_input_grad[1] else None,
+        _dvalues(dout, indices, grad, values.shape[0], ctx.sparse_grad) if ctx.needs_input_grad[1] else None,
+        None,
         None,
     )
 

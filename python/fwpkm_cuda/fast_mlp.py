@@ -1,0 +1,195 @@
+"""The dense counterpart of the product key memory: a gated MLP whose weights are written while it is read.
+
+The baseline that a sparse memory has to beat. Plain PyTorch: it is made of matrix products over all of its weights, and
+autograd gives its write as well as the gradients through it. Same schedule of chunks and the same life cycle as `Memory`.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .memory import FastWeights, complete
+
+
+class MLPWeights(NamedTuple):
+    """Q inputs, N hidden units, V outputs."""
+
+    w_up: Tensor  # (N, Q)
+    b_up: Tensor  # (N,)
+    w_gate: Tensor  # (N, Q)
+    b_gate: Tensor  # (N,)
+    w_down: Tensor  # (V, N)
+    b_down: Tensor  # (V,)
+
+
+class MLPScan(NamedTuple):
+    """Result of `mlp_scan`. W writes, Q' pairs per row."""
+
+    out: Tensor  # (B, T, V)
+    losses: Tensor  # (B, Q')  memory loss of each pair, in the order of the writes
+    w_up: Tensor  # the weights after the last write
+    b_up: Tensor
+    w_gate: Tensor
+    b_gate: Tensor
+    w_down: Tensor
+    b_down: Tensor
+
+
+def mlp_read(weights, query):
+    """W_down ((W_up q + b_up) * silu(W_gate q + b_gate)) + b_down.  (..., Q) -> (..., V)"""
+    up, gate = F.linear(query, weights.w_up, weights.b_up), F.linear(query, weights.w_gate, weights.b_gate)
+    return F.linear(up * F.silu(gate), weights.w_down, weights.b_down)
+
+
+def mlp_loss(out, target, loss_weights=None, mask=None, *, lookahead=1, lookahead_target="mean", loss="mse"):
+    """l_x = w_x mean_c |out_x - t_x|^2 ("mse") or |out_x - t_x| ("mae"), w_x = mask_x loss_weight_x, for x < n - L.
+
+    t_x: mean of target_x .. target_{x+L} ("mean"), or target_{x+L} ("last").  (B, n, V) -> (B, max(n - L, 0))"""
+    pairs = max(out.shape[1] - lookahead, 0)
+    if lookahead_target == "mean":
+        target = torch.stack([target[:, i : i + pairs] for i in range(lookahead + 1)]).mean(0)
+    difference = out[:, :pairs] - target[:, target.shape[1] - pairs :]
+    if mask is not None:  # a masked token may have anything, NaN too, for a target and a loss weight
+        difference = difference.masked_fill(~mask[:, :pairs, None], 0)
+    losses = difference.square().mean(-1) if loss == "mse" else difference.abs().mean(-1)
+    if loss_weights is not None:
+        weights = loss_weights[:, :pairs]
+        losses = losses * (weights if mask is None else weights.masked_fill(~mask[:, :pairs], 0))
+    return losses
+
+
+def mlp_write(weights, losses, lr=0.1, weight_decay=0.0, grad_clip=None, create_graph=False):
+    """w <- w - lr (clip(g) + weight_decay w), g the gradient of the mean of all losses (masked ones count in it)."""
+    gradients = [torch.zeros_like(w) for w in weights]
+    if losses.numel():
+        gradients = torch.autograd.grad(losses.mean(), weights, create_graph=create_graph)
+    if grad_clip is not None:
+        gradients = [g.clamp(-grad_clip, grad_clip) for g in gradients]
+    return MLPWeights(*(w - lr * (g + weight_decay * w) for w, g in zip(weights, gradients, strict=True)))
+
+
+def mlp_scan(
+    weights,
+    query,
+    target,
+    loss_weights=None,
+    mask=None,
+    *,
+    chunk_size,
+    lookahead=1,
+    lookahead_target="mean",
+    loss="mse",
+    lr=0.1,
+    weight_decay=0.0,
+    grad_clip=None,
+    carried=0,
+    flush=True,
+) -> MLPScan:
+    """Reads every token with the weights of its chunk, and writes the weights after each chunk, differentiably.
+
+    weights `MLPWeights`, query (B, T, Q), target (B, T, V), loss_weights (B, T) or None, mask (B, T) bool or None ->
+    `MLPScan`; nothing given is changed. Options as in `fwpkm_cuda.chunk_scan`, `mlp_loss` and `mlp_write`; pairs across
+    a chunk's edge are left out. flush=False: a partial last chunk is read but not written. carried: always 0."""
+    _check(weights, query, target, loss_weights, mask, chunk_size, lookahead, lookahead_target, loss)
+    B, T = query.shape[:2]
+    differentiable = torch.is_grad_enabled()
+    query, target = query.to(weights.w_up.dtype), target.to(weights.w_up.dtype)
+    outs, losses = [query.new_empty(B, 0, target.shape[2])], [query.new_empty(B, 0)]
+    for start in range(0, T, chunk_size):
+        stop = min(start + chunk_size, T)
+        q, t, g, m = (None if x is None else x[:, start:stop] for x in (query, target, loss_weights, mask))
+        with torch.enable_grad():  # the write is autograd's, also under no_grad
+            live = MLPWeights(*(w if w.requires_grad else w.detach().requires_grad_() for w in weights))
+            out = mlp_read(live, q)
+            outs.append(out if differentiable else out.detach())
+            if stop - start < chunk_size and not flush:
+                break
+            pairs = mlp_loss(out, t, g, m, lookahead=lookahead, lookahead_target=lookahead_target, loss=loss)
+            weights = mlp_write(live, pairs, lr, weight_decay, grad_clip, create_graph=differentiable)
+        losses.append(pairs if differentiable else pairs.detach())
+        if not differentiable:
+            weights = MLPWeights(*(w.detach() for w in weights))
+    return MLPScan(torch.cat(outs, 1), torch.cat(losses, 1), *weights)
+
+
+def _check(weights, query, target, loss_weights, mask, chunk_size, lookahead, lookahead_target, loss):
+    (V, _), Q = weights.w_down.shape, weights.w_up.shape[1]
+    if query.dim() != 3 or query.shape[2] != Q:
+        raise ValueError(f"query: expected shape (B, T, {Q}), got {tuple(query.shape)}")
+    if target.shape != (*query.shape[:2], V):
+        raise ValueError(f"target: expected shape {(*query.shape[:2], V)}, got {tuple(target.shape)}")
+    for name, x in (("loss_weights", loss_weights), ("mask", mask)):
+        if x is not None and x.shape != query.shape[:2]:
+            raise ValueError(f"{name}: expected shape {tuple(query.shape[:2])}, got {tuple(x.shape)}")
+    if mask is not None and mask.dtype != torch.bool:
+        raise ValueError(f"mask: expected bool, got {mask.dtype}")
+    if chunk_size < 1 or lookahead < 0:
+        raise ValueError(f"chunk_size, lookahead: expected at least 1 and 0, got {chunk_size} and {lookahead}")
+    if lookahead_target not in ("mean", "last"):
+        raise ValueError(f"lookahead_target: expected 'mean' or 'last', got {lookahead_target!r}")
+    if loss not in ("mse", "mae"):
+        raise ValueError(f"loss: expected 'mse' or 'mae', got {loss!r}")
+
+
+class MLPMemory(FastWeights):
+    """Fast weights of an MLP (`MLPWeights`). `scan` returns an `MLPScan`, as does `stream`; options of `mlp_scan`.
+
+    `MLPMemory(*weights)` holds the tensors given, without a copy; `random` draws fresh ones."""
+
+    KIND = "fast-weight MLP"
+    NAMES = MLPWeights._fields
+    PER_TOKEN = ("out",)
+
+    def __init__(self, *tensors, seed=None):
+        weights = MLPWeights(*tensors)
+        (N, Q), V = weights.w_up.shape, weights.w_down.shape[0]
+        expected = MLPWeights((N, Q), (N,), (N, Q), (N,), (V, N), (V,))
+        for name, t, shape in zip(self.NAMES, weights, expected, strict=True):
+            if t.shape != shape or t.dtype not in (torch.float32, torch.float64) or t.dtype != tensors[0].dtype:
+                raise ValueError(
+                    f"{name}: expected shape {shape} of float32 or float64, got {tuple(t.shape)}, {t.dtype}"
+                )
+        super().__init__(weights, seed)
+
+    @classmethod
+    def random(cls, query_dim=512, value_dim=512, hidden_units=2304, *, seed=None, device=None, dtype=torch.float32):
+        """As the release: normal weights with variance one over their inputs, zero biases."""
+        Q, V, N = query_dim, value_dim, hidden_units
+        shapes = MLPWeights((N, Q), (N,), (N, Q), (N,), (V, N), (V,))
+        seed = int(torch.randint(2**62, ())) if seed is None else seed
+        return cls(*(torch.empty(shape, device=device, dtype=dtype) for shape in shapes), seed=seed).reset()
+
+    @property
+    def weights(self):
+        return MLPWeights(**self._tensors)
+
+    def _draw(self, generator):
+        for name, w in self._tensors.items():
+            if name.startswith("w_"):
+                w.normal_(0, w.shape[1] ** -0.5, generator=generator)
+            else:
+                w.zero_()
+
+    def _scan(self, tokens, **options):
+        return mlp_scan(self.weights, *tokens, **options)
+
+    def _scan_(self, tokens, **options):
+        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tokens):
+            raise RuntimeError(
+                "stream writes in place and has no derivative: call it under torch.no_grad(), or use scan"
+            )
+        with torch.no_grad():
+            result = mlp_scan(self.weights, *tokens, **options)
+            if not self.is_frozen:
+                self._commit(result)
+        return result
+
+    def _commit(self, scan, **_):
+        for name, w in self._tensors.items():
+            w.copy_(getattr(scan, name))
+
+    @classmethod
+    def _complete(cls, options):
+        return complete(mlp_scan, options)

@@ -1,0 +1,447 @@
+"""Modules for a model: `FwPKM` and its dense baseline `FwMLP` (fast weights), and `PKM` (slow weights).
+
+FwPKM and FwMLP hold slow weights only: what they turn hidden states into, for a memory that the caller passes in.
+Letters as in ops.py; docs/fwpkm.md, docs/fwmlp.md, docs/pkm.md.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import ops
+from .fast_mlp import MLPMemory
+from .memory import Memory, draw_sub_keys, draw_values
+
+GATE_OUTPUTS = 8  # whose mean is the gate, as in the released checkpoints
+
+
+def at_least_float32(x):
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * (1 + weight), computed in float32; weight starts at 0, so that decay leaves it at 1."""
+
+    def __init__(self, size, eps=1e-6, device=None, dtype=None):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.zeros(size, device=device, dtype=dtype))
+
+    def forward(self, x):
+        x, weight = at_least_float32(x), at_least_float32(self.weight)
+        return F.rms_norm(x, weight.shape, 1 + weight, self.eps).to(self.weight.dtype)
+
+
+def normalize(x, kind):
+    """Over the last dimension, in float32: "zscore" (x - mean) / (std + 1e-6) with the unbiased std, "l2" or None."""
+    x = at_least_float32(x)
+    if kind == "zscore":
+        return (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 1e-6)
+    if kind == "l2":
+        return x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
+    return x
+
+
+def check_choice(name, value, choices):
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+class Float32Tables(nn.Module):
+    """A module whose parameters TABLES stay float32 (or float64) under `.to(bfloat16)` and `.half()`.
+
+    Steps of a low-precision table are lost in its rounding, and a scan needs its memory in float32."""
+
+    TABLES = ()
+
+    def _apply(self, fn, recurse=True):
+        tables = [table for name in self.TABLES if (table := getattr(self, name, None)) is not None]
+
+        def keep(t):
+            moved = fn(t)
+            is_table = any(t is table or t is table.grad for table in tables)
+            return t.to(moved.device) if is_table and moved.dtype in (torch.bfloat16, torch.float16) else moved
+
+        return super()._apply(keep, recurse)
+
+
+class Projected(NamedTuple):
+    """What a layer makes of hidden states."""
+
+    query: Tensor  # (B, T, H, K), or (B, T, Q) of an MLP
+    value: Tensor  # (B, T, V)  normalised; target of the memory, and mixed into the layer's output
+    gate: Tensor | None  # (B, T)  in (0, 1)
+
+
+class Details(NamedTuple):
+    """What happened in a call, for logs; `losses` and `addressing_loss` are of the chunks that it wrote."""
+
+    gates: Tensor | None  # (B, T)
+    losses: Tensor  # (B, Q)  memory loss of each pair
+    addressing_loss: Tensor | None  # (W,)            FwPKM only, as the two below
+    indices: Tensor | None  # (B, T, H, R)    slots read
+    weights: Tensor | None  # (B, T, H, R)
+
+
+class FastWeightLayer(Float32Tables):
+    """The layer around fast weights: projections, gate, memory, output. Subclasses choose the memory."""
+
+    def __init__(self, hidden_size, query_size, value_size, *, gate, target_norm, norm_eps, options, device, dtype):
+        super().__init__()
+        check_choice("gate", gate, ("output_and_loss", "output", "none"))
+        check_choice("target_norm", target_norm, ("zscore", "l2", None))
+        self.gate, self.target_norm, self.options = gate, target_norm, options
+        new = dict(device=device, dtype=dtype)
+        self.query_norm = RMSNorm(hidden_size, norm_eps, **new)
+        self.query_proj = nn.Linear(hidden_size, query_size, **new)
+        self.value_norm = RMSNorm(hidden_size, norm_eps, **new)
+        self.value_proj = nn.Linear(hidden_size, value_size, **new)
+        if gate != "none":
+            self.gate_norm = RMSNorm(hidden_size, norm_eps, **new)
+            self.gate_proj = nn.Linear(hidden_size, GATE_OUTPUTS, **new)
+        self.out_norm = RMSNorm(value_size, norm_eps, **new)
+        self.out_proj = nn.Linear(value_size, hidden_size, **new)
+
+    def extra_repr(self):
+        options = ", ".join(f"{k}={v!r}" for k, v in self.options.items())
+        return f"gate={self.gate!r}, target_norm={self.target_norm!r}, {options}"
+
+    def project(self, hidden) -> Projected:
+        """(B, T, hidden_size) -> query, value and gate"""
+        value = normalize(self.value_proj(self.value_norm(hidden)), self.target_norm)
+        gate = None
+        if self.gate != "none":
+            gate = at_least_float32(self.gate_proj(self.gate_norm(hidden))).mean(-1).sigmoid()
+        return Projected(self.query_proj(self.query_norm(hidden)), value, gate)
+
+    def combine(self, out, value, gate):
+        """What the memory answered, mixed with the token's own value -> (B, T, hidden_size)"""
+        if gate is None:
+            mixed = out + value
+        else:
+            mixed = gate.unsqueeze(-1) * out + (1 - gate).unsqueeze(-1) * value
+        return self.out_proj(self.out_norm(mixed))
+
+    def forward(self, hidden, memory, mask=None, *, chunk_size=None, read_passes=1, return_details=False):
+        """Reads and writes a whole sequence, differentiably; the writes wait for `memory.commit()`.
+
+        hidden (B, T, hidden_size), mask (B, T) bool or None (True: the token counts in the memory loss) ->
+        (B, T, hidden_size), to be added to the residual stream; with return_details also `Details`, without a graph.
+
+        The memory is the same in train and eval mode; give `memory.frozen()` to leave it alone. A later call (outside a
+        backward pass) commits for you; compiled code needs `memory.commit()` before it is called again.
+
+        chunk_size    in place of the layer's own
+        read_passes   reads and writes the sequence n times in a row, and returns the answers of the last time;
+                      differentiable through all of them, so T must be a multiple of chunk_size, and boundary "drop\""""
+        options = self._options(chunk_size)
+        projected = self.project(hidden)
+        passes, T = self._check_passes(read_passes), hidden.shape[1]
+        tokens = self._tokens(projected, mask)
+        if passes > 1:
+            if T % options["chunk_size"] or options.get("boundary") == "carry":
+                raise ValueError(
+                    f"read_passes: {passes} differentiable passes need boundary 'drop' and a multiple of chunk_size "
+                    f"{options['chunk_size']} tokens, got {T} (stream() with flush=True reads any number)"
+                )
+            tokens = [None if x is None else torch.cat([x] * passes, 1) for x in tokens]
+        reading = memory.scan(*tokens, **options)
+        return self._answer(self._last(reading, T), projected, return_details)
+
+    def stream(self, hidden, memory, mask=None, *, chunk_size=None, flush=False, read_passes=1, return_details=False):
+        """Reads the next tokens and writes the memory in place: for inference, under torch.no_grad().
+
+        Shapes as `forward`. The result does not depend on how a sequence is cut into calls. flush=True also writes a
+        partial last chunk, as does `memory.flush()` at the end of a context. read_passes: reads the tokens n times, each
+        time to the end and with a flush, and returns the answers of the last time."""
+        options = self._options(chunk_size)
+        projected = self.project(hidden)
+        passes = self._check_passes(read_passes)
+        if passes > 1 and not flush:
+            raise ValueError("read_passes: more than one pass needs flush=True")
+        if passes > 1 and memory.pending_tokens:
+            raise ValueError(f"read_passes: {memory.pending_tokens} tokens are pending; call memory.flush() before")
+        for _ in range(passes):
+            reading = memory.stream(*self._tokens(projected, mask), **options)
+            if flush and not memory.is_frozen:
+                rest = memory.flush()
+                if rest is not None:
+                    written = {k: torch.cat([getattr(reading, k), getattr(rest, k)], -1) for k in self.PER_WRITE}
+                    reading = reading._replace(**written)
+        return self._answer(reading, projected, return_details)
+
+    PER_WRITE = ("losses",)  # fields of a reading that have entries for every write
+
+    def _options(self, chunk_size):
+        return self.options if chunk_size is None else self.options | {"chunk_size": chunk_size}
+
+    def _check_passes(self, read_passes):
+        if read_passes < 1:
+            raise ValueError(f"read_passes: expected at least 1, got {read_passes}")
+        return read_passes
+
+    def _tokens(self, projected, mask):
+        query, value, gate = projected
+        return [query, value, gate if self.gate == "output_and_loss" else None, mask]
+
+    def _last(self, reading, T):
+        """The answers of the last T tokens."""
+        return reading._replace(out=reading.out[:, -T:] if T else reading.out)
+
+    def _answer(self, reading, projected, return_details):
+        y = self.combine(reading.out, projected.value, projected.gate)
+        if not return_details:
+            return y
+        fields = (projected.gate, *(getattr(reading, name, None) for name in Details._fields[1:]))
+        return y, Details(*(None if x is None else x.detach() for x in fields))
+
+
+class FwPKM(FastWeightLayer):
+    """Fast-weight product key memory as a layer: y = layer(hidden, memory), with memory = layer.new_memory().
+
+    Defaults are the paper's sizes. Slow weights of the layer (its state_dict): query_proj, value_proj, gate_proj,
+    out_proj, each with a norm. The memory is not among them.
+
+    hidden_size        of the residual stream
+    key_dim, value_dim, heads, topk, num_sub_keys, chunk_size    K per head, V, H, R, P, C
+    gate               "output_and_loss": y mixes answer and own value, and the memory loss is weighted, both by the gate;
+                       "output": only the mix; "none": answer + value
+    target_norm        of the values: "zscore", "l2" or None
+    query_norm         of the two halves of each head's query: "zscore", "l2" or None
+    norm_eps           of the RMSNorms
+    learned_initial_memory   new memories begin as parameters of the layer, `initial_values` and `initial_sub_keys`, which
+                       get gradients from the scans before the first commit; else as random numbers
+    sparse_grad        their gradient for values: sparse COO (as torch.optim.SparseAdam takes it), or dense
+    All others are options of the scan: see `fwpkm_cuda.chunk_scan`."""
+
+    TABLES = ("initial_values", "initial_sub_keys")
+    PER_WRITE = ("losses", "addressing_loss")
+
+    def __init__(
+        self,
+        hidden_size,
+        *,
+        key_dim=512,
+        value_dim=512,
+        heads=1,
+        topk=8,
+        num_sub_keys=512,
+        chunk_size=512,
+        lookahead=1,
+        score="dot",
+        eps=1e-3,
+        activation="softmax",
+        temperature=1.0,
+        lr=1.0,
+        weight_decay=0.0,
+        grad_clip=None,
+        write_rule="paper",
+        values_only=True,
+        addressing_weight=1.0,
+        boundary="drop",
+        gate="output_and_loss",
+        target_norm="zscore",
+        query_norm=None,
+        norm_eps=1e-6,
+        learned_initial_memory=False,
+        sparse_grad=True,
+        device=None,
+        dtype=None,
+    ):
+        options = dict(
+            topk=topk, chunk_size=chunk_size, lookahead=lookahead, score=score, eps=eps, activation=activation,
+            temperature=temperature, lr=lr, weight_decay=weight_decay, grad_clip=grad_clip, write_rule=write_rule,
+            values_only=values_only, addressing_weight=addressing_weight, boundary=boundary,
+        )  # fmt: skip
+        super().__init__(
+            hidden_size, heads * key_dim, value_dim, gate=gate, target_norm=target_norm, norm_eps=norm_eps,
+            options=options, device=device, dtype=dtype,
+        )  # fmt: skip
+        check_choice("query_norm", query_norm, ("zscore", "l2", None))
+        self.query_norm_kind, self.heads, self.sparse_grad = query_norm, heads, sparse_grad
+        self.sizes = dict(num_sub_keys=num_sub_keys, key_dim=key_dim, value_dim=value_dim, heads=heads)
+        self.initial_values = self.initial_sub_keys = None
+        if learned_initial_memory:
+            initial = Memory.random(**self.sizes, device=device)
+            self.initial_values, self.initial_sub_keys = nn.Parameter(initial.values), nn.Parameter(initial.sub_keys)
+
+    @classmethod
+    def released(cls, hidden_size, **changes):
+        """The configuration of the paper's experiments, as the released code computes it.
+
+        512 x 512 slots, K = V = 512, 1 head x 8 reads, chunks of 512, lookahead 1, step size 1, inverse-distance scores,
+        the released write rule (write_rule="release"), z-scored targets, the gate in output and loss."""
+        return cls(hidden_size, **(dict(score="idw", write_rule="release") | changes))
+
+    def extra_repr(self):
+        sizes = ", ".join(f"{k}={v}" for k, v in self.sizes.items())
+        return f"{sizes}, query_norm={self.query_norm_kind!r}, {super().extra_repr()}"
+
+    def new_memory(self, *, seed=None, device=None, dtype=None) -> Memory:
+        """A fresh memory for this layer, float32 unless dtype says float64, on the layer's device unless another is given.
+
+        seed: of its random numbers, by default one of torch's generator. With learned_initial_memory it is the layer's
+        parameters, until the first write makes a copy of them (device and dtype are then those of the layer)."""
+        if self.initial_values is not None:
+            if any(x is not None for x in (seed, device, dtype)):
+                raise ValueError(
+                    "seed, device, dtype: a learned initial memory is where the layer is (see Memory.clone)"
+                )
+            return Memory(self.initial_values, self.initial_sub_keys)
+        device = self.query_proj.weight.device if device is None else device
+        return Memory.random(**self.sizes, seed=seed, device=device, dtype=dtype or torch.float32)
+
+    def project(self, hidden):
+        query, value, gate = super().project(hidden)
+        query = query.unflatten(-1, (self.heads, -1))
+        if self.query_norm_kind is not None:
+            query = normalize(query.unflatten(-1, (2, -1)), self.query_norm_kind).flatten(-2).to(query.dtype)
+        return Projected(query, value, gate)
+
+    def forward(self, hidden, memory, mask=None, **options):
+        return super().forward(hidden, memory, mask, **options)
+
+    def _last(self, reading, T):
+        if reading.out.shape[1] == T:
+            return reading
+        return reading._replace(**{k: getattr(reading, k)[:, -T:] for k in Memory.PER_TOKEN})
+
+
+class FwMLP(FastWeightLayer):
+    """The same layer around a fast-weight MLP: the dense baseline. y = layer(hidden, memory).
+
+    Defaults are the paper's: 512 -> 2304 -> 512, chunks of 512, step size 0.1, all six tensors written by the gradient of
+    the mean loss. query_dim Q, value_dim V, hidden_units N; lookahead_target, loss: see `fast_mlp.mlp_loss`; the others
+    as in `FwPKM`."""
+
+    def __init__(
+        self,
+        hidden_size,
+        *,
+        query_dim=512,
+        value_dim=512,
+        hidden_units=2304,
+        chunk_size=512,
+        lookahead=1,
+        lookahead_target="mean",
+        loss="mse",
+        lr=0.1,
+        weight_decay=0.0,
+        grad_clip=None,
+        gate="output",
+        target_norm="zscore",
+        norm_eps=1e-6,
+        device=None,
+        dtype=None,
+    ):
+        options = dict(
+            chunk_size=chunk_size, lookahead=lookahead, lookahead_target=lookahead_target, loss=loss, lr=lr,
+            weight_decay=weight_decay, grad_clip=grad_clip,
+        )  # fmt: skip
+        super().__init__(
+            hidden_size, query_dim, value_dim, gate=gate, target_norm=target_norm, norm_eps=norm_eps, options=options,
+            device=device, dtype=dtype,
+        )  # fmt: skip
+        self.sizes = dict(query_dim=query_dim, value_dim=value_dim, hidden_units=hidden_units)
+
+    def extra_repr(self):
+        return f"{', '.join(f'{k}={v}' for k, v in self.sizes.items())}, {super().extra_repr()}"
+
+    def new_memory(self, *, seed=None, device=None, dtype=None) -> MLPMemory:
+        """Fresh fast weights for this layer, float32 unless dtype says float64."""
+        device = self.query_proj.weight.device if device is None else device
+        return MLPMemory.random(**self.sizes, seed=seed, device=device, dtype=dtype or torch.float32)
+
+
+class PKM(Float32Tables):
+    """Slow-weight product key memory: a layer in place of a model's MLP, trained by the outer optimizer.
+
+    (..., input_dim) -> (..., output_dim). Each head reads the `topk` best of num_sub_keys^2 slots (dot scores, softmax
+    per head), the heads' answers are added.
+
+    key_dim, value_dim, heads, topk, num_sub_keys    K per head, V, H, R, P
+    query_norm     RMSNorm over all H*K numbers of the query
+    swilu          output = W (answer * silu(W' x)); else W answer
+    gated          output times sigmoid(w x)
+    peer           single-neuron experts instead of values (PEER): answer = sum a gelu(<x, u_s>) v_s, of output_dim =
+                   value_dim = input_dim, and nothing behind it
+    sparse_grad    gradients of the tables of values as sparse COO tensors (torch.optim.SparseAdam), or dense ones
+
+    Parameters: sub_keys (H, 2, P, K/2), values (P*P, V) (PEER: up_values and values), float32 in any case, and the
+    projections query_proj, out_proj, swilu_proj, gate_proj."""
+
+    TABLES = ("sub_keys", "values", "up_values")
+
+    def __init__(
+        self,
+        input_dim,
+        output_dim=None,
+        *,
+        key_dim=512,
+        value_dim=512,
+        heads=4,
+        topk=32,
+        num_sub_keys=512,
+        query_norm=True,
+        swilu=True,
+        gated=False,
+        peer=False,
+        norm_eps=1e-6,
+        sparse_grad=False,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        output_dim = input_dim if output_dim is None else output_dim
+        if peer:
+            if output_dim != input_dim:
+                raise ValueError(f"output_dim: expected input_dim = {input_dim} of the PEER variant, got {output_dim}")
+            value_dim, swilu = input_dim, False
+        self.heads, self.topk, self.sparse_grad = heads, topk, sparse_grad
+        table = dict(device=device, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        new = dict(device=device, dtype=dtype)
+        self.sub_keys = nn.Parameter(torch.empty(heads, 2, num_sub_keys, key_dim // 2, **table))
+        self.values = nn.Parameter(torch.empty(num_sub_keys**2, value_dim, **table))
+        self.up_values = nn.Parameter(torch.empty_like(self.values)) if peer else None
+        self.query_proj = nn.Linear(input_dim, heads * key_dim, **new)
+        self.query_norm = RMSNorm(heads * key_dim, norm_eps, **new) if query_norm else None
+        self.out_proj = None if peer else nn.Linear(value_dim, output_dim, **new)
+        self.swilu_proj = nn.Linear(input_dim, value_dim, **new) if swilu else None
+        self.gate_proj = nn.Linear(input_dim, 1, **new) if gated else None
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        """As the release: keys uniform in +-1/sqrt(K), values normal with variance 1/V, projections normal."""
+        draw_sub_keys(self.sub_keys)
+        for table in (self.values, self.up_values):
+            if table is not None:
+                draw_values(table)
+        nn.init.xavier_uniform_(self.query_proj.weight)
+        if self.out_proj is not None:
+            output_dim = self.out_proj.out_features
+            nn.init.normal_(self.out_proj.weight, std=output_dim**-0.5)
+            if self.swilu_proj is not None:
+                nn.init.normal_(self.swilu_proj.weight, std=output_dim**-0.5)
+        if self.gate_proj is not None:
+            nn.init.normal_(self.gate_proj.weight, std=self.gate_proj.in_features**-0.5)
+
+    def forward(self, x, return_indices=False):
+        """(..., input_dim) -> (..., output_dim); with return_indices also the slots read, (..., H, R) int32"""
+        query = self.query_proj(x)
+        if self.query_norm is not None:
+            query = self.query_norm(query)
+        scores, indices = ops.product_key_topk(query.unflatten(-1, (self.heads, -1)), self.sub_keys, self.topk)
+        weights, slots = scores.softmax(-1).flatten(-2), indices.flatten(-2)
+        if self.up_values is not None:
+            projection = ops.value_dot(self.up_values, slots, x.to(self.up_values.dtype), self.sparse_grad)
+            weights = weights * F.gelu(projection)
+        y = ops.value_gather(self.values, slots, weights, self.sparse_grad).to(query.dtype)
+        if self.swilu_proj is not None:
+            y = y * F.silu(self.swilu_proj(x))
+        if self.out_proj is not None:
+            y = self.out_proj(y)
+        if self.gate_proj is not None:
+            y = self.gate_proj(x).sigmoid() * y
+        return (y, indices) if return_indices else y

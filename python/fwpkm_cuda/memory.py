@@ -1,0 +1,469 @@
+"""Memory: fast weights as a value you hold, feed, copy, save and drop.
+
+`FastWeights` is what any fast weights need to be trained and streamed: a scan whose writes wait for `commit`, a queue of
+tokens that are read but not yet written, copies and files. `Memory` is the product key memory. (The dense baseline is in
+fast_mlp.py.) The mathematics is in ops.py; this file only keeps the state between calls.
+"""
+
+import copy
+import inspect
+import json
+import math
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import ops, storage
+
+
+class Tokens(NamedTuple):
+    """Tokens on their way into a memory; T of them in each of B rows."""
+
+    query: Tensor  # (B, T, ...)
+    target: Tensor  # (B, T, V)
+    loss_weights: Tensor | None = None  # (B, T)
+    mask: Tensor | None = None  # (B, T) bool
+
+    def last(self, n):
+        """Copies of the last n tokens; a view would keep all of them alive."""
+        start = self.query.shape[1] - n
+        return Tokens(*(None if x is None else x[:, start:].detach().clone() for x in self))
+
+    @staticmethod
+    def join(parts):
+        return Tokens(*(None if x[0] is None else torch.cat(x, 1) for x in zip(*parts, strict=True)))
+
+
+def complete(function, options):
+    """`options`, with the defaults of the keyword arguments of `function` for those that are missing.
+
+    Not carried and flush, which are the stream's own."""
+    allowed = {k: v.default for k, v in inspect.signature(function).parameters.items() if v.kind is v.KEYWORD_ONLY}
+    del allowed["carried"], allowed["flush"]
+    for name in options.keys() - allowed.keys():
+        raise TypeError(f"{name}: not an option of a stream")
+    result = allowed | options
+    for name, value in result.items():
+        if value is inspect.Parameter.empty:
+            raise TypeError(f"{name}: this option must be given")
+    return result
+
+
+def in_backward_pass():
+    """Activation checkpointing calls a module's forward a second time, inside of the backward pass."""
+    return torch._C._current_graph_task_id() != -1
+
+
+class FastWeights:
+    """Weights that are written while they are read, and the state of the reading.
+
+    Not a Parameter, not a buffer: it belongs to no module, optimizer, state_dict, DDP or FSDP, and `module.to(dtype)`
+    does not reach it. Two ways to feed it:
+
+    `scan`     a whole sequence, differentiably (training). Nothing is written: the result waits, as `pending`, until
+               `commit()` puts it into the weights, or `rollback()` drops it. Every other method that reads or writes the
+               weights commits first. A backward pass must come before the commit; if it comes too late, autograd says so.
+    `stream`   the next tokens, in place (inference). A chunk is written when its last token has come; `pending_tokens`
+               wait for the rest of theirs, and `flush()` writes them as a short chunk. Positions count from the last
+               flush or reset, and the result does not depend on how a sequence is cut into calls.
+
+    Subclasses name their tensors and say how to scan and commit them."""
+
+    KIND: ClassVar[str]  # in saved files
+    NAMES: ClassVar[tuple[str, ...]]  # of the tensors
+    PER_TOKEN: ClassVar[tuple[str, ...]]  # fields of a reading with a row for every token
+
+    def __init__(self, tensors, seed=None):
+        self._tensors = dict(zip(self.NAMES, tensors, strict=True))
+        self._initial = dict(self._tensors) if any(t.requires_grad for t in tensors) else None
+        self.seed = seed
+        self.is_frozen = False
+        self.pending = None
+        self._drop_stream()
+
+    def _drop_stream(self):
+        self._queue: list[Tokens] = []
+        self._carried = 0  # leading tokens of the queue that belong to a chunk already written (boundary "carry")
+        self._options = None  # of the queued tokens, and of a pending scan
+
+    # ---------------------------------------------------------------------------------------- what a subclass provides
+    def _scan(self, tokens, **options):
+        """Reads and writes, differentiably; returns the new weights in its result and leaves the memory alone."""
+        raise NotImplementedError
+
+    def _scan_(self, tokens, **options):
+        """The same in place, without derivatives."""
+        raise NotImplementedError
+
+    def _commit(self, scan, **options):
+        """Puts the new weights of a `_scan` into the memory."""
+        raise NotImplementedError
+
+    def _draw(self, generator):
+        """Fills the tensors with the numbers of a fresh memory."""
+        raise NotImplementedError
+
+    @classmethod
+    def _complete(cls, options):
+        """All options of `_scan_` but carried and flush: those not given at their defaults."""
+        raise NotImplementedError
+
+    # ------------------------------------------------------------------------------------------------------- the state
+    @property
+    def tensors(self):
+        """{name: tensor}: the weights, without what is pending. Frozen views share them."""
+        return dict(self._tensors)
+
+    @property
+    def device(self):
+        return self._tensors[self.NAMES[0]].device
+
+    @property
+    def dtype(self):
+        return self._tensors[self.NAMES[0]].dtype
+
+    @property
+    def pending_tokens(self):
+        """Tokens of each row that `stream` has read and nothing has written yet."""
+        return sum(part.query.shape[1] for part in self._queue) - self._carried
+
+    def __repr__(self):
+        shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in self._tensors.items())
+        state = [f"{self.pending_tokens} pending tokens"] if self.pending_tokens else []
+        state += ["a scan to commit"] if self.pending is not None else []
+        state += ["frozen"] if self.is_frozen else []
+        return f"{type(self).__name__}({', '.join([shapes, str(self.dtype), str(self.device), *state])})"
+
+    def _is_learned(self):
+        """A learned initial memory is the layer's parameters until something is written; then it is a copy of them."""
+        return any(t.requires_grad for t in self._tensors.values())
+
+    def _own(self):
+        if self._is_learned():
+            self._tensors.update({name: t.detach().clone() for name, t in self._tensors.items()})
+
+    def _refuse_if_frozen(self, what):
+        if self.is_frozen:
+            raise RuntimeError(f"{what}: this memory is frozen; call it on the memory that it is a view of")
+
+    # -------------------------------------------------------------------------------------------------------- training
+    def scan(self, query, target, loss_weights=None, mask=None, **options):
+        """Reads a whole sequence and writes after each chunk, differentiably; the writes wait for `commit`.
+
+        Shapes and options are those of the operator; returns its result. A scan that is already pending is committed
+        first. The exception is a call from inside a backward pass, by activation checkpointing: it repeats the pending
+        scan and writes nothing. In compiled code (torch.compile) `commit` must have been called before."""
+        tokens = Tokens(query, target, loss_weights, mask)
+        if self.is_frozen:
+            return self._scan(tokens, **self._read_only(tokens, options))
+        if torch.compiler.is_compiling():
+            if self.pending is not None:
+                raise RuntimeError(
+                    "scan: call commit() (or rollback()) on the memory before compiled code uses it again"
+                )
+        elif in_backward_pass():
+            return self._repeat(tokens, options)
+        else:
+            self.commit()
+        if self._queue:
+            raise RuntimeError(f"scan: {self._waiting()} of a stream; call flush() (or reset()) before a scan")
+        scan = self._scan(tokens, **options)
+        self.pending = type(scan)(*(x.detach() for x in scan))
+        self._options = options
+        return scan
+
+    def _repeat(self, tokens, options):
+        if self.pending is None:
+            raise RuntimeError(
+                "scan: activation checkpointing repeats a scan that has already been committed or rolled back; call "
+                "backward() before commit(), and before the memory is used again"
+            )
+        scan = self._scan(tokens, **options)
+        # The same tokens, read from the same memory, give the same answers but for rounding; others are far from them.
+        out, expected = scan.out.detach(), self.pending.out
+        if out.shape != expected.shape or (out - expected).norm() > 0.1 * expected.norm():
+            raise RuntimeError(
+                "scan: activation checkpointing repeats a scan that is not the memory's last one; call backward() "
+                "before the memory is used again"
+            )
+        return scan
+
+    @torch.no_grad()
+    def commit(self):
+        """Puts the pending scan, if there is one, into the weights, in place. Raises their version counters."""
+        if self.pending is not None:
+            self._own()
+            self._commit(self.pending, **self._options)
+            self.rollback()
+
+    def rollback(self):
+        """Drops the pending scan, if there is one: the weights are as before it."""
+        if self.pending is not None:
+            self.pending = self._options = None
+
+    # ------------------------------------------------------------------------------------------------------- inference
+    def stream(self, query, target, loss_weights=None, mask=None, **options):
+        """Reads the next T tokens, and writes every chunk that they complete, in place.
+
+        Shapes and options are those of the operator (boundary "carry": pairs across a chunk's edge are written too).
+        Returns its reading of these T tokens; losses and addressing_loss are of the chunks written by this call. Raises
+        if an input requires grad while grad mode is on. Options may change when nothing is pending; with "carry",
+        chunk_size also while only the last `lookahead` tokens of a written chunk are."""
+        tokens = Tokens(query, target, loss_weights, mask)
+        if self.is_frozen:
+            return self._scan_(tokens, **self._read_only(tokens, options))
+        self.commit()
+        options = self._complete(options)
+        self._refuse_other_options(tokens, options)
+        self._own()
+        chunk_size = options["chunk_size"]
+        waiting = self.pending_tokens
+        chunks, rest = divmod(waiting + query.shape[1], chunk_size) if chunk_size > 0 else (0, 0)
+        if chunks == 0:  # nothing is written: what waits need not be read again
+            reading = self._scan_(tokens, **options, carried=0, flush=False)
+            self._queue.append(tokens.last(query.shape[1]))
+        else:
+            tokens = Tokens.join([*self._queue, tokens])
+            reading = self._scan_(tokens, **options, carried=self._carried, flush=False)
+            reading = reading._replace(**{name: getattr(reading, name)[:, waiting:] for name in self.PER_TOKEN})
+            self._carried = options["lookahead"] if options.get("boundary") == "carry" else 0
+            self._queue = [tokens.last(rest + self._carried)] if rest + self._carried else []
+        self._options = options if self._queue else None
+        return reading
+
+    def flush(self):
+        """Writes the pending tokens as a short chunk; the stream then begins anew at position 0.
+
+        Returns the operator's reading of them, or None if nothing was pending. (With boundary "carry", the last tokens
+        of a written chunk that only waited for later targets are dropped.)"""
+        self._refuse_if_frozen("flush")
+        self.commit()
+        reading = None
+        if self.pending_tokens:
+            with torch.no_grad():
+                reading = self._scan_(Tokens.join(self._queue), **self._options, carried=self._carried, flush=True)
+        self._drop_stream()
+        return reading
+
+    def _waiting(self):
+        return f"{self.pending_tokens} tokens are pending" if self.pending_tokens else "a carried tail is pending"
+
+    def _refuse_other_options(self, tokens, options):
+        if not self._queue:
+            return
+        may_change = {"chunk_size"} if not self.pending_tokens else set()
+        changed = [k for k in options if options[k] != self._options[k] and k not in may_change]
+        if changed:
+            k = changed[0]
+            raise ValueError(
+                f"{k}: expected {self._options[k]!r} as for the tokens before, got {options[k]!r}; {self._waiting()}: "
+                "call flush() to change it"
+            )
+        for name, first, new in zip(Tokens._fields, self._queue[0], tokens, strict=True):
+            if (first is None) != (new is None):
+                raise ValueError(
+                    f"{name}: must be given in every call of a stream, or in none; flush() begins a new one"
+                )
+            if new is not None and (first.shape[0], *first.shape[2:]) != (new.shape[0], *new.shape[2:]):
+                raise ValueError(
+                    f"{name}: expected the shape of the tokens before, {tuple(first.shape)} but for the second number, "
+                    f"got {tuple(new.shape)}; {self._waiting()}"
+                )
+            if new is not None and (first.dtype, first.device) != (new.dtype, new.device):
+                raise ValueError(
+                    f"{name}: expected {first.dtype} on {first.device} as the tokens before, got {new.dtype} on "
+                    f"{new.device}; {self._waiting()}"
+                )
+
+    def _read_only(self, tokens, options):
+        """A chunk that never becomes full is read and not written."""
+        too_large = tokens.query.shape[1] + options.get("lookahead", 1) + 1
+        return options | dict(chunk_size=too_large, flush=False)
+
+    # -------------------------------------------------------------------------------------------- copies, reset, freeze
+    def frozen(self):
+        """A view that is read and never written: `scan` and `stream` leave the weights alone. It shares the tensors."""
+        view = copy.copy(self)
+        view.pending, view.is_frozen = None, True
+        view._drop_stream()
+        return view
+
+    def clone(self, device=None):
+        """An independent copy, on `device` if given, with the pending tokens."""
+        self.commit()
+        twin = copy.copy(self)
+        device = self.device if device is None else torch.device(device)
+        twin._tensors = dict(self._tensors)
+        if device != self.device or not self._is_learned():
+            twin._tensors = {name: t.detach().to(device, copy=True) for name, t in self._tensors.items()}
+        twin._queue = [Tokens(*(None if x is None else x.to(device, copy=True) for x in part)) for part in self._queue]
+        twin.is_frozen = False
+        return twin
+
+    @torch.no_grad()
+    def copy_(self, other):
+        """Becomes a copy of `other`, of the same shapes, in the same tensors; the pending tokens are copied as well."""
+        self._refuse_if_frozen("copy_")
+        if type(other) is not type(self):
+            raise TypeError(f"other: expected {type(self).__name__}, got {type(other).__name__}")
+        for name, t in self._tensors.items():
+            if other._tensors[name].shape != t.shape:
+                raise ValueError(
+                    f"other: expected {name} of shape {tuple(t.shape)}, got {tuple(other._tensors[name].shape)}"
+                )
+        if other is self:
+            return self
+        self.rollback()
+        source = other.clone(self.device)
+        self._own()
+        for name, t in self._tensors.items():
+            t.copy_(source._tensors[name])
+        self._queue, self._carried, self._options = source._queue, source._carried, source._options
+        return self
+
+    @torch.no_grad()
+    def reset(self):
+        """Forgets everything: the weights become those of the day it was made (of the parameters, if they are learned).
+
+        What was drawn at random is drawn again from `seed`, in place: the same bits, on the same type of device."""
+        self._refuse_if_frozen("reset")
+        if self._initial is None and self.seed is None:
+            raise RuntimeError("reset: this memory was made of given tensors; copy_() another memory into it")
+        self.pending = None
+        self._drop_stream()
+        if self._initial is not None:
+            self._tensors.update({name: t.to(self.device) for name, t in self._initial.items()})
+        else:
+            self._draw(torch.Generator(self.device).manual_seed(self.seed))
+        return self
+
+    # ----------------------------------------------------------------------------------------------------------- files
+    def save(self, path):
+        """Writes weights, pending tokens and their options to a safetensors file, complete or not at all.
+
+        A pending scan is committed first. A stream that goes on from the loaded file gives the same bits as one that was
+        not interrupted."""
+        self.commit()
+        tensors = dict(self._tensors)
+        if self._queue:
+            queue = Tokens.join(self._queue)._asdict()
+            tensors |= {f"pending.{name}": x for name, x in queue.items() if x is not None}
+        state = {"kind": self.KIND, "seed": self.seed, "carried": self._carried, "options": self._options}
+        storage.write(path, tensors, {"state": json.dumps(state)})
+
+    @classmethod
+    def load(cls, path, device="cpu"):
+        """The memory in a file of `save`. A file that is damaged, cut off or of another kind raises ValueError."""
+        tensors, metadata = storage.read(path)
+        try:
+            state = json.loads(metadata["state"])
+            if state["kind"] != cls.KIND:
+                raise ValueError(f"expected a memory of kind {cls.KIND!r}, got {state['kind']!r}")
+            memory = cls(*(tensors[name].to(device) for name in cls.NAMES))
+            memory.seed = state["seed"]
+            queue = Tokens(*(tensors.get(f"pending.{name}") for name in Tokens._fields))
+            if queue.query is not None:
+                if (
+                    cls._complete(state["options"]) != state["options"]
+                    or not 0 <= state["carried"] <= queue.query.shape[1]
+                ):
+                    raise ValueError("the options of its pending tokens are not those of this version")
+                memory._queue = [Tokens(*(None if x is None else x.to(device) for x in queue))]
+                memory._carried, memory._options = state["carried"], state["options"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise storage.DamagedFile(f"{path}: {error}") from error
+        return memory
+
+
+class Memory(FastWeights):
+    """A fast-weight product key memory: `values` (S, V) and `sub_keys` (H, 2, P, K/2) with S = P*P slots.
+
+    float32 or float64, on one device. `Memory(values, sub_keys)` holds the tensors given, without a copy; `random` draws
+    fresh ones. If they require grad (a learned initial memory), gradients of scans reach them until the first write,
+    which goes into a copy. Options of `scan` and `stream`: `fwpkm_cuda.chunk_scan`, whose `Scan` a scan returns, and
+    `fwpkm_cuda.chunk_scan_`, whose `Reading` a stream does. docs/memory.md."""
+
+    KIND = "product key memory"
+    NAMES = ("values", "sub_keys")
+    PER_TOKEN = ("out", "indices", "weights")
+
+    def __init__(self, values, sub_keys, seed=None):
+        if values.dim() != 2 or sub_keys.dim() != 4 or sub_keys.shape[1] != 2:
+            raise ValueError(
+                f"values, sub_keys: expected shapes (S, V) and (H, 2, P, K/2), got {tuple(values.shape)} and "
+                f"{tuple(sub_keys.shape)}"
+            )
+        if values.shape[0] != sub_keys.shape[2] ** 2:
+            raise ValueError(f"values: expected P*P = {sub_keys.shape[2] ** 2} rows, got {values.shape[0]}")
+        if values.dtype not in (torch.float32, torch.float64) or sub_keys.dtype != values.dtype:
+            raise ValueError(f"values, sub_keys: expected float32 or float64, got {values.dtype} and {sub_keys.dtype}")
+        if values.device != sub_keys.device:
+            raise ValueError(f"values, sub_keys: expected one device, got {values.device} and {sub_keys.device}")
+        super().__init__((values, sub_keys), seed)
+
+    @classmethod
+    def random(
+        cls, num_sub_keys=512, key_dim=512, value_dim=512, heads=1, *, seed=None, device=None, dtype=torch.float32
+    ):
+        """A fresh memory as the paper's: sub-keys uniform in +-1/sqrt(K), values normal with variance 1/V.
+
+        num_sub_keys P (there are P*P slots), key_dim K (of each head, even), value_dim V, heads H. seed: None takes one
+        from torch's generator."""
+        if min(num_sub_keys, key_dim, value_dim, heads) < 1 or key_dim % 2:
+            raise ValueError(
+                "num_sub_keys, key_dim, value_dim, heads: expected positive numbers and an even key_dim, got "
+                f"{num_sub_keys}, {key_dim}, {value_dim}, {heads}"
+            )
+        seed = int(torch.randint(2**62, ())) if seed is None else seed
+        memory = cls(
+            torch.empty(num_sub_keys**2, value_dim, device=device, dtype=dtype),
+            torch.empty(heads, 2, num_sub_keys, key_dim // 2, device=device, dtype=dtype),
+            seed,
+        )
+        return memory.reset()
+
+    @property
+    def values(self):
+        """(S, V), without what is pending"""
+        return self._tensors["values"]
+
+    @property
+    def sub_keys(self):
+        """(H, 2, P, K/2), without what is pending"""
+        return self._tensors["sub_keys"]
+
+    @property
+    def num_slots(self):
+        return self.values.shape[0]
+
+    def _draw(self, generator):
+        draw_values(self.values, generator)
+        draw_sub_keys(self.sub_keys, generator)
+
+    def _scan(self, tokens, **options):
+        return ops.chunk_scan(self.values, self.sub_keys, *tokens, **options)
+
+    def _scan_(self, tokens, **options):
+        values, sub_keys = (t.detach() for t in (self.values, self.sub_keys))
+        return ops.chunk_scan_(values, sub_keys, *tokens, **options)
+
+    def _commit(self, scan, lr=1.0, weight_decay=0.0, **_):
+        ops.commit_(self.values, self.sub_keys, scan, lr=lr, weight_decay=weight_decay)
+
+    @classmethod
+    def _complete(cls, options):
+        return complete(ops.chunk_scan_, options)
+
+
+@torch.no_grad()
+def draw_values(values, generator=None):
+    """Fills rows (S, V) as the release does: normal with standard deviation 1/sqrt(V)."""
+    return values.normal_(0, 1 / math.sqrt(values.shape[1]), generator=generator)
+
+
+@torch.no_grad()
+def draw_sub_keys(sub_keys, generator=None):
+    """Fills sub-keys (H, 2, P, K/2) as the release does: uniform in +-1/sqrt(K)."""
+    bound = 1 / math.sqrt(2 * sub_keys.shape[3])
+    return sub_keys.uniform_(-bound, bound, generator=generator)
