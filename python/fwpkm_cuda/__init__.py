@@ -10,11 +10,11 @@ from ._library import library_path, load_error
 from ._version import __version__
 
 __all__ = [
-    "MLPMemory",
-    "Memory",
     "PKM",
     "FwMLP",
     "FwPKM",
+    "MLPMemory",
+    "Memory",
     "Scan",
     "Usage",
     "__version__",
