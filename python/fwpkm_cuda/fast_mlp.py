@@ -1,7 +1,7 @@
 """The dense counterpart of the product key memory: a gated MLP whose weights are written while it is read.
 
-The baseline that a sparse memory has to beat. Plain PyTorch: it is made of matrix products over all of its weights, and
-autograd gives its write as well as the gradients through it. Same schedule of chunks and the same life cycle as `Memory`.
+The baseline that a sparse memory has to beat. Plain PyTorch: it is made of matrix products over all of its weights,
+and autograd gives its write as well as the gradients through it. Its chunks and its life cycle are those of `Memory`.
 """
 
 from typing import NamedTuple

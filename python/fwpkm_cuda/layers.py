@@ -22,7 +22,7 @@ def at_least_float32(x):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * (1 + weight), computed in float32; weight starts at 0, so that decay leaves it at 1."""
+    """x / sqrt(mean(x^2) + eps) * (1 + weight), computed in float32; weight starts at 0, where weight decay keeps it."""
 
     def __init__(self, size, eps=1e-6, device=None, dtype=None):
         super().__init__()
@@ -154,8 +154,8 @@ class FastWeightLayer(Float32Tables):
         """Reads the next tokens and writes the memory in place: for inference, under torch.no_grad().
 
         Shapes as `forward`. The result does not depend on how a sequence is cut into calls. flush=True also writes a
-        partial last chunk, as does `memory.flush()` at the end of a context. read_passes: reads the tokens n times, each
-        time to the end and with a flush, and returns the answers of the last time."""
+        partial last chunk, as does `memory.flush()` at the end of a context. read_passes: reads the tokens n times,
+        each time to the end and with a flush, and returns the answers of the last time."""
         options = self._options(chunk_size)
         projected = self.project(hidden)
         passes = self._check_passes(read_passes)
@@ -206,13 +206,13 @@ class FwPKM(FastWeightLayer):
 
     hidden_size        of the residual stream
     key_dim, value_dim, heads, topk, num_sub_keys, chunk_size    K per head, V, H, R, P, C
-    gate               "output_and_loss": y mixes answer and own value, and the memory loss is weighted, both by the gate;
-                       "output": only the mix; "none": answer + value
+    gate               "output_and_loss": y mixes answer and own value, and the memory loss is weighted, both by the
+                       gate; "output": only the mix; "none": answer + value
     target_norm        of the values: "zscore", "l2" or None
     query_norm         of the two halves of each head's query: "zscore", "l2" or None
     norm_eps           of the RMSNorms
-    learned_initial_memory   new memories begin as parameters of the layer, `initial_values` and `initial_sub_keys`, which
-                       get gradients from the scans before the first commit; else as random numbers
+    learned_initial_memory   new memories begin as parameters of the layer, `initial_values` and `initial_sub_keys`,
+                       which get gradients from the scans before the first commit; else as random numbers
     sparse_grad        their gradient for values: sparse COO (as torch.optim.SparseAdam takes it), or dense
     All others are options of the scan: see `fwpkm_cuda.chunk_scan`."""
 
@@ -271,8 +271,8 @@ class FwPKM(FastWeightLayer):
     def released(cls, hidden_size, **changes):
         """The configuration of the paper's experiments, as the released code computes it.
 
-        512 x 512 slots, K = V = 512, 1 head x 8 reads, chunks of 512, lookahead 1, step size 1, inverse-distance scores,
-        the released write rule (write_rule="release"), z-scored targets, the gate in output and loss."""
+        512 x 512 slots, K = V = 512, 1 head x 8 reads, chunks of 512, lookahead 1, step size 1, inverse-distance
+        scores, the released write rule (write_rule="release"), z-scored targets, the gate in output and loss."""
         return cls(hidden_size, **(dict(score="idw", write_rule="release") | changes))
 
     def extra_repr(self):
@@ -280,7 +280,7 @@ class FwPKM(FastWeightLayer):
         return f"{sizes}, query_norm={self.query_norm_kind!r}, {super().extra_repr()}"
 
     def new_memory(self, *, seed=None, device=None, dtype=None) -> Memory:
-        """A fresh memory for this layer, float32 unless dtype says float64, on the layer's device unless another is given.
+        """A fresh memory for this layer, float32 unless dtype says float64, on the layer's device or another one.
 
         seed: of its random numbers, by default one of torch's generator. With learned_initial_memory it is the layer's
         parameters, until the first write makes a copy of them (device and dtype are then those of the layer)."""
@@ -312,9 +312,9 @@ class FwPKM(FastWeightLayer):
 class FwMLP(FastWeightLayer):
     """The same layer around a fast-weight MLP: the dense baseline. y = layer(hidden, memory).
 
-    Defaults are the paper's: 512 -> 2304 -> 512, chunks of 512, step size 0.1, all six tensors written by the gradient of
-    the mean loss. query_dim Q, value_dim V, hidden_units N; lookahead_target, loss: see `fast_mlp.mlp_loss`; the others
-    as in `FwPKM`."""
+    Defaults are the paper's: 512 -> 2304 -> 512, chunks of 512, step size 0.1, all six tensors written by the gradient
+    of the mean loss. query_dim Q, value_dim V, hidden_units N; lookahead_target, loss: see `fast_mlp.mlp_loss`; the
+    others as in `FwPKM`."""
 
     def __init__(
         self,

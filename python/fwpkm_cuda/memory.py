@@ -1,8 +1,8 @@
 """Memory: fast weights as a value you hold, feed, copy, save and drop.
 
-`FastWeights` is what any fast weights need to be trained and streamed: a scan whose writes wait for `commit`, a queue of
-tokens that are read but not yet written, copies and files. `Memory` is the product key memory. (The dense baseline is in
-fast_mlp.py.) The mathematics is in ops.py; this file only keeps the state between calls.
+`FastWeights` is what any fast weights need to be trained and streamed: a scan whose writes wait for `commit`, a queue
+of tokens that are read but not yet written, copies and files. `Memory` is the product key memory. (The dense baseline
+is in fast_mlp.py.) The mathematics is in ops.py; this file only keeps the state between calls.
 """
 
 import copy
@@ -62,8 +62,8 @@ class FastWeights:
     does not reach it. Two ways to feed it:
 
     `scan`     a whole sequence, differentiably (training). Nothing is written: the result waits, as `pending`, until
-               `commit()` puts it into the weights, or `rollback()` drops it. Every other method that reads or writes the
-               weights commits first. A backward pass must come before the commit; if it comes too late, autograd says so.
+               `commit()` puts it into the weights, or `rollback()` drops it. Every other method that reads or writes
+               the weights commits first. The backward pass must come before that; if it is late, autograd says so.
     `stream`   the next tokens, in place (inference). A chunk is written when its last token has come; `pending_tokens`
                wait for the rest of theirs, and `flush()` writes them as a short chunk. Positions count from the last
                flush or reset, and the result does not depend on how a sequence is cut into calls.
@@ -342,8 +342,8 @@ class FastWeights:
     def save(self, path):
         """Writes weights, pending tokens and their options to a safetensors file, complete or not at all.
 
-        A pending scan is committed first. A stream that goes on from the loaded file gives the same bits as one that was
-        not interrupted."""
+        A pending scan is committed first. A stream that goes on from the loaded file gives the same bits as one that
+        was not interrupted."""
         self.commit()
         tensors = dict(self._tensors)
         if self._queue:
@@ -379,8 +379,8 @@ class FastWeights:
 class Memory(FastWeights):
     """A fast-weight product key memory: `values` (S, V) and `sub_keys` (H, 2, P, K/2) with S = P*P slots.
 
-    float32 or float64, on one device. `Memory(values, sub_keys)` holds the tensors given, without a copy; `random` draws
-    fresh ones. If they require grad (a learned initial memory), gradients of scans reach them until the first write,
+    float32 or float64, on one device. `Memory(values, sub_keys)` holds the tensors given, without a copy; `random`
+    draws fresh ones. If they require grad (a learned initial memory), gradients of scans reach them until the first write,
     which goes into a copy. Options of `scan` and `stream`: `fwpkm_cuda.chunk_scan`, whose `Scan` a scan returns, and
     `fwpkm_cuda.chunk_scan_`, whose `Reading` a stream does. docs/memory.md."""
 

@@ -50,7 +50,7 @@ def write(path, tensors, metadata):
 
 
 def read(path):
-    """-> ({name: tensor} on the CPU, {name: str}) of a file of `write`. Raises DamagedFile, or OSError if unreadable."""
+    """-> ({name: tensor} on the CPU, {name: str}) of a file of `write`. Raises DamagedFile, or OSError."""
     path = Path(path)
     with open(path, "rb") as file:
         place, header = _digest_place(file, path)
@@ -60,7 +60,7 @@ def read(path):
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata()
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: not a dict
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
     except safetensors.SafetensorError as error:
         raise DamagedFile(f"{path}: not a valid safetensors file: {error}") from error
     return tensors, {name: text for name, text in metadata.items() if name not in ("format", "sha256")}
