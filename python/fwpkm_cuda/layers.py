@@ -22,7 +22,7 @@ def at_least_float32(x):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * (1 + weight), computed in float32; weight starts at 0, where weight decay keeps it."""
+    """x / sqrt(mean(x^2) + eps) * (1 + weight), in float32; weight starts at 0, where weight decay keeps it."""
 
     def __init__(self, size, eps=1e-6, device=None, dtype=None):
         super().__init__()

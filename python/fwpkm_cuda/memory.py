@@ -380,9 +380,9 @@ class Memory(FastWeights):
     """A fast-weight product key memory: `values` (S, V) and `sub_keys` (H, 2, P, K/2) with S = P*P slots.
 
     float32 or float64, on one device. `Memory(values, sub_keys)` holds the tensors given, without a copy; `random`
-    draws fresh ones. If they require grad (a learned initial memory), gradients of scans reach them until the first write,
-    which goes into a copy. Options of `scan` and `stream`: `fwpkm_cuda.chunk_scan`, whose `Scan` a scan returns, and
-    `fwpkm_cuda.chunk_scan_`, whose `Reading` a stream does. docs/memory.md."""
+    draws fresh ones. If they require grad (a learned initial memory), gradients of scans reach them until the first
+    write, which goes into a copy. Options of `scan` and `stream` are those of `fwpkm_cuda.chunk_scan`; `scan` returns
+    its `Scan`, `stream` the `Reading` of `fwpkm_cuda.chunk_scan_`. docs/memory.md."""
 
     KIND = "product key memory"
     NAMES = ("values", "sub_keys")
