@@ -406,7 +406,7 @@ class PKM(Float32Tables):
         self.values = nn.Parameter(torch.empty(num_sub_keys**2, value_dim, **table))
         self.up_values = nn.Parameter(torch.empty_like(self.values)) if peer else None
         self.query_proj = nn.Linear(input_dim, heads * key_dim, **new)
-        self.query_norm = RMSNorm(heads * key_dim, norm_eps, **new) if query_norm else None
+        self.query_norm = nn.RMSNorm(heads * key_dim, norm_eps, **new) if query_norm else None
         self.out_proj = None if peer else nn.Linear(value_dim, output_dim, **new)
         self.swilu_proj = nn.Linear(input_dim, value_dim, **new) if swilu else None
         self.gate_proj = nn.Linear(input_dim, 1, **new) if gated else None
