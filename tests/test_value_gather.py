@@ -73,6 +73,28 @@ def test_second_derivative_through_a_sparse_gradient():
         torch.testing.assert_close(dense(a), dense(b), rtol=1e-11, atol=1e-12)
 
 
+def test_a_sparse_gradient_has_one_row_per_slot_read():
+    values, indices, weights = make((9, 40, 3, 5))  # 120 reads
+    (values,) = leaves(values)
+    fwpkm_cuda.value_gather(values, indices, weights, sparse_grad=True).sum().backward()
+    assert values.grad.is_coalesced()
+    assert torch.equal(values.grad.indices()[0], indices.unique().long())
+
+
+def test_value_dot_is_the_derivative_by_the_weights():
+    values, indices, _ = make((6, 4, 3, 5))
+    values, vector = leaves(values, torch.randn(4, 5, dtype=values.dtype))
+    for sparse_grad in (False, True):
+        out = fwpkm_cuda.value_dot(values, indices, vector, sparse_grad)
+        expected = (vector.unsqueeze(-2) * values[indices.long()]).sum(-1)
+        torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+        found = torch.autograd.grad(out.cos().sum(), (values, vector))
+        assert found[0].is_sparse == sparse_grad
+        for a, b in zip(found, torch.autograd.grad(expected.cos().sum(), (values, vector)), strict=True):
+            torch.testing.assert_close(dense(a), b, rtol=1e-11, atol=1e-12)
+    assert gradgradcheck(lambda v, x: fwpkm_cuda.value_dot(v, indices, x), (values, vector))
+
+
 def test_leading_dimensions_are_kept():
     values = torch.randn(9, 4)
     out = fwpkm_cuda.value_gather(values, torch.zeros(2, 3, 1, 5, dtype=torch.int32), torch.ones(2, 3, 1, 5))

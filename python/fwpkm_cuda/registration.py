@@ -197,9 +197,10 @@ def _gather_setup(ctx, inputs, output):
 def _dvalues(dout, indices, weights, num_slots, sparse):
     if not sparse:
         return _ops.value_gather_dvalues(dout, indices, weights, num_slots)
-    rows = (weights.unsqueeze(-1) * dout.unsqueeze(-2)).flatten(0, -2)
+    slots, place = indices.long().unique(return_inverse=True)
+    rows = _ops.value_gather_dvalues(dout, place, weights, slots.numel())
     shape = (num_slots, dout.shape[-1])
-    return torch.sparse_coo_tensor(indices.reshape(1, -1).long(), rows, shape, check_invariants=False)
+    return torch.sparse_coo_tensor(slots.unsqueeze(0), rows, shape, check_invariants=False, is_coalesced=True)
 
 
 def _gather_backward(ctx, dout):
