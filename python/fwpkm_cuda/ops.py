@@ -58,8 +58,8 @@ def value_gather(values, indices, weights, sparse_grad=False):
     """out = sum_r weights[..., r] * values[indices[..., r]].
 
     values (S, V), indices (..., R) int32 or int64, weights (..., R) of the dtype of values -> (..., V). The gradient of
-    values is dense, or with sparse_grad a coalesced sparse COO tensor, one row per slot read. Differentiable any number of times
-    with respect to values and weights. An index outside [0, S) is an error.
+    values is dense, or with sparse_grad a sparse COO tensor with one row per slot read. Differentiable any number of
+    times with respect to values and weights. An index outside [0, S) is an error.
 
     Equivalent to `(weights.unsqueeze(-1) * values[indices]).sum(-2)`, or to embedding_bag with per_sample_weights."""
     return _ops.value_gather(values, indices, weights, sparse_grad)
