@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .memory import FastWeights, complete
+from .memory import FastWeights, scan_options
 
 
 class MLPWeights(NamedTuple):
@@ -141,6 +141,7 @@ class MLPMemory(FastWeights):
     KIND = "fast-weight MLP"
     NAMES = MLPWeights._fields
     PER_TOKEN = ("out",)
+    OPTIONS = scan_options(mlp_scan)
 
     def __init__(self, *tensors, seed=None):
         weights = MLPWeights(*tensors)
@@ -189,7 +190,3 @@ class MLPMemory(FastWeights):
     def _commit(self, scan, **_):
         for name, w in self._tensors.items():
             w.copy_(getattr(scan, name))
-
-    @classmethod
-    def _complete(cls, options):
-        return complete(mlp_scan, options)

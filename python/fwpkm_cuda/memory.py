@@ -35,19 +35,13 @@ class Tokens(NamedTuple):
         return Tokens(*(None if x[0] is None else torch.cat(x, 1) for x in zip(*parts, strict=True)))
 
 
-def complete(function, options):
-    """`options`, with the defaults of the keyword arguments of `function` for those that are missing.
+REQUIRED = inspect.Parameter.empty
 
-    Not carried and flush, which are the stream's own."""
-    allowed = {k: v.default for k, v in inspect.signature(function).parameters.items() if v.kind is v.KEYWORD_ONLY}
-    del allowed["carried"], allowed["flush"]
-    for name in options.keys() - allowed.keys():
-        raise TypeError(f"{name}: not an option of a stream")
-    result = allowed | options
-    for name, value in result.items():
-        if value is inspect.Parameter.empty:
-            raise TypeError(f"{name}: this option must be given")
-    return result
+
+def scan_options(function):
+    """{name: default or REQUIRED} of a scan's keyword arguments, without those that a stream sets itself."""
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in ("carried", "flush")}
 
 
 def in_backward_pass():
@@ -73,6 +67,7 @@ class FastWeights:
     KIND: ClassVar[str]  # in saved files
     NAMES: ClassVar[tuple[str, ...]]  # of the tensors
     PER_TOKEN: ClassVar[tuple[str, ...]]  # fields of a reading with a row for every token
+    OPTIONS: ClassVar[dict]  # `scan_options` of the function that scans
 
     def __init__(self, tensors, seed=None):
         self._tensors = dict(zip(self.NAMES, tensors, strict=True))
@@ -84,6 +79,7 @@ class FastWeights:
 
     def _drop_stream(self):
         self._queue: list[Tokens] = []
+        self._queued = 0  # tokens of each row in it
         self._carried = 0  # leading tokens of the queue that belong to a chunk already written (boundary "carry")
         self._options = None  # of the queued tokens, and of a pending scan
 
@@ -104,11 +100,6 @@ class FastWeights:
         """Fills the tensors with the numbers of a fresh memory."""
         raise NotImplementedError
 
-    @classmethod
-    def _complete(cls, options):
-        """All options of `_scan_` but carried and flush: those not given at their defaults."""
-        raise NotImplementedError
-
     # ------------------------------------------------------------------------------------------------------- the state
     @property
     def tensors(self):
@@ -126,7 +117,7 @@ class FastWeights:
     @property
     def pending_tokens(self):
         """Tokens of each row that `stream` has read and nothing has written yet."""
-        return sum(part.query.shape[1] for part in self._queue) - self._carried
+        return self._queued - self._carried
 
     def __repr__(self):
         shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in self._tensors.items())
@@ -223,12 +214,14 @@ class FastWeights:
         if chunks == 0:  # nothing is written: what waits need not be read again
             reading = self._scan_(tokens, **options, carried=0, flush=False)
             self._queue.append(tokens.last(query.shape[1]))
+            self._queued += query.shape[1]
         else:
             tokens = Tokens.join([*self._queue, tokens])
             reading = self._scan_(tokens, **options, carried=self._carried, flush=False)
             reading = reading._replace(**{name: getattr(reading, name)[:, waiting:] for name in self.PER_TOKEN})
             self._carried = options["lookahead"] if options.get("boundary") == "carry" else 0
-            self._queue = [tokens.last(rest + self._carried)] if rest + self._carried else []
+            self._queued = rest + self._carried
+            self._queue = [tokens.last(self._queued)] if self._queued else []
         self._options = options if self._queue else None
         return reading
 
@@ -245,6 +238,17 @@ class FastWeights:
                 reading = self._scan_(Tokens.join(self._queue), **self._options, carried=self._carried, flush=True)
         self._drop_stream()
         return reading
+
+    @classmethod
+    def _complete(cls, options):
+        """All options of a stream, those not given at their defaults."""
+        result = cls.OPTIONS | options
+        for name, value in result.items():
+            if name not in cls.OPTIONS:
+                raise TypeError(f"{name}: not an option of a stream")
+            if value is REQUIRED:
+                raise TypeError(f"{name}: this option must be given")
+        return result
 
     def _waiting(self):
         return f"{self.pending_tokens} tokens are pending" if self.pending_tokens else "a carried tail is pending"
@@ -319,7 +323,8 @@ class FastWeights:
         self._own()
         for name, t in self._tensors.items():
             t.copy_(source._tensors[name])
-        self._queue, self._carried, self._options = source._queue, source._carried, source._options
+        self._queue, self._queued = source._queue, source._queued
+        self._carried, self._options = source._carried, source._options
         return self
 
     @torch.no_grad()
@@ -364,13 +369,11 @@ class FastWeights:
             memory.seed = state["seed"]
             queue = Tokens(*(tensors.get(f"pending.{name}") for name in Tokens._fields))
             if queue.query is not None:
-                if (
-                    cls._complete(state["options"]) != state["options"]
-                    or not 0 <= state["carried"] <= queue.query.shape[1]
-                ):
+                options, carried, queued = state["options"], state["carried"], queue.query.shape[1]
+                if cls._complete(options) != options or not 0 <= carried <= queued:
                     raise ValueError("the options of its pending tokens are not those of this version")
                 memory._queue = [Tokens(*(None if x is None else x.to(device) for x in queue))]
-                memory._carried, memory._options = state["carried"], state["options"]
+                memory._queued, memory._carried, memory._options = queued, carried, options
         except (KeyError, TypeError, ValueError) as error:
             raise storage.DamagedFile(f"{path}: {error}") from error
         return memory
@@ -387,6 +390,7 @@ class Memory(FastWeights):
     KIND = "product key memory"
     NAMES = ("values", "sub_keys")
     PER_TOKEN = ("out", "indices", "weights")
+    OPTIONS = scan_options(ops.chunk_scan_)
 
     def __init__(self, values, sub_keys, seed=None):
         if values.dim() != 2 or sub_keys.dim() != 4 or sub_keys.shape[1] != 2:
@@ -450,10 +454,6 @@ class Memory(FastWeights):
 
     def _commit(self, scan, lr=1.0, weight_decay=0.0, **_):
         ops.commit_(self.values, self.sub_keys, scan, lr=lr, weight_decay=weight_decay)
-
-    @classmethod
-    def _complete(cls, options):
-        return complete(ops.chunk_scan_, options)
 
 
 @torch.no_grad()
