@@ -19,9 +19,13 @@ constexpr int64_t kTokensPerTask = 16;
 Tensor checked_indices(const Tensor& indices, int64_t num_slots) {
   check_indices_dtype(indices);
   const auto check = [&](const auto* p) {
-    for (int64_t i = 0; i < indices.numel(); ++i)
-      STD_TORCH_CHECK(p[i] >= 0 && int64_t(p[i]) < num_slots, "indices: expected slots in [0, ", num_slots, "), got ",
-                      p[i], " at flat position ", i);
+    const auto outside = [&](int64_t i) { return p[i] < 0 || int64_t(p[i]) >= num_slots; };
+    const int64_t n = indices.numel();
+    bool any = false;  // without a branch: many indices at a time
+    for (int64_t i = 0; i < n; ++i) any |= outside(i);
+    for (int64_t i = 0; any && i < n; ++i)
+      STD_TORCH_CHECK(!outside(i), "indices: expected slots in [0, ", num_slots, "), got ", p[i], " at flat position ",
+                      i);
   };
   const Tensor raw = prepared(indices, indices.scalar_type());
   if (raw.scalar_type() == ScalarType::Long)

@@ -17,7 +17,9 @@ namespace {
 #define FWPKM_REGISTER_BYTES 16
 #endif
 constexpr int kRegisters = 64 / FWPKM_REGISTER_BYTES;
-constexpr int kTileTokens = kRegisters == 1 ? 4 : 2, kTileKeys = kRegisters == 1 ? 4 : 2;  // sums held in registers
+// Sums held in registers: of pairs of a token and a key, and of columns of a weighted sum of rows.
+constexpr int kTileTokens = kRegisters == 1 ? 4 : 2, kTileKeys = kRegisters == 1 ? 4 : 2;
+constexpr int kColumns = kRegisters == 1 ? 16 : 4;
 
 template <typename T>
 struct Register;
@@ -210,6 +212,8 @@ FWPKM_INLINE void weighted_sum_columns(const T* const* rows, const T* minus, con
 template <typename T>
 void weighted_sum(const T* const* rows, const T* minus, const T* weights, int64_t count, int64_t width, T* out) {
   int64_t c = 0;
+  for (; c + kColumns * kLanes<T> <= width; c += kColumns * kLanes<T>)
+    weighted_sum_columns<T, kColumns>(rows, minus, weights, count, c, out);
   for (; c + 4 * kLanes<T> <= width; c += 4 * kLanes<T>)
     weighted_sum_columns<T, 4>(rows, minus, weights, count, c, out);
   for (; c + kLanes<T> <= width; c += kLanes<T>) weighted_sum_columns<T, 1>(rows, minus, weights, count, c, out);
