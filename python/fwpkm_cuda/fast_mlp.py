@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .checks import check_choice, check_finite, check_whole
 from .memory import FastWeights, scan_options
 
 
@@ -92,7 +93,8 @@ def mlp_scan(
     weights `MLPWeights`, query (B, T, Q), target (B, T, V), loss_weights (B, T) or None, mask (B, T) bool or None ->
     `MLPScan`; nothing given is changed. Options as in `fwpkm_cuda.chunk_scan`, `mlp_loss` and `mlp_write`; pairs across
     a chunk's edge are left out. flush=False: a partial last chunk is read but not written. carried: always 0."""
-    _check(weights, query, target, loss_weights, mask, chunk_size, lookahead, lookahead_target, loss)
+    check_options(chunk_size, lookahead, lookahead_target, loss, lr, weight_decay, grad_clip)
+    _check_tokens(weights, query, target, loss_weights, mask)
     B, T = query.shape[:2]
     differentiable = torch.is_grad_enabled()
     query, target = query.to(weights.w_up.dtype), target.to(weights.w_up.dtype)
@@ -107,6 +109,7 @@ def mlp_scan(
             if stop - start < chunk_size and not flush:
                 break
             pairs = mlp_loss(out, t, g, m, lookahead=lookahead, lookahead_target=lookahead_target, loss=loss)
+            _check_finite_losses(pairs)
             weights = mlp_write(live, pairs, lr, weight_decay, grad_clip, create_graph=differentiable)
         losses.append(pairs if differentiable else pairs.detach())
         if not differentiable:
@@ -114,7 +117,25 @@ def mlp_scan(
     return MLPScan(torch.cat(outs, 1), torch.cat(losses, 1), *weights)
 
 
-def _check(weights, query, target, loss_weights, mask, chunk_size, lookahead, lookahead_target, loss):
+def check_options(chunk_size, lookahead, lookahead_target, loss, lr, weight_decay, grad_clip):
+    check_whole(chunk_size=chunk_size)
+    check_whole(at_least=0, lookahead=lookahead)
+    check_choice("lookahead_target", lookahead_target, ("mean", "last"))
+    check_choice("loss", loss, ("mse", "mae"))
+    check_finite(lr=lr, weight_decay=weight_decay)
+    if grad_clip is not None:
+        check_finite(grad_clip=grad_clip)
+        if grad_clip < 0:
+            raise ValueError(f"grad_clip: expected None or a number, 0 or more, got {grad_clip}")
+
+
+def _check_finite_losses(losses):
+    """On the CPU; elsewhere it would wait for the device."""
+    if losses.device.type == "cpu" and not losses.isfinite().all():
+        raise RuntimeError("query, target, loss_weights: expected finite losses, got NaN or infinity")
+
+
+def _check_tokens(weights, query, target, loss_weights, mask):
     (V, _), Q = weights.w_down.shape, weights.w_up.shape[1]
     if query.dim() != 3 or query.shape[2] != Q:
         raise ValueError(f"query: expected shape (B, T, {Q}), got {tuple(query.shape)}")
@@ -125,12 +146,6 @@ def _check(weights, query, target, loss_weights, mask, chunk_size, lookahead, lo
             raise ValueError(f"{name}: expected shape {tuple(query.shape[:2])}, got {tuple(x.shape)}")
     if mask is not None and mask.dtype != torch.bool:
         raise ValueError(f"mask: expected bool, got {mask.dtype}")
-    if chunk_size < 1 or lookahead < 0:
-        raise ValueError(f"chunk_size, lookahead: expected at least 1 and 0, got {chunk_size} and {lookahead}")
-    if lookahead_target not in ("mean", "last"):
-        raise ValueError(f"lookahead_target: expected 'mean' or 'last', got {lookahead_target!r}")
-    if loss not in ("mse", "mae"):
-        raise ValueError(f"loss: expected 'mse' or 'mae', got {loss!r}")
 
 
 class MLPMemory(FastWeights):
@@ -146,7 +161,7 @@ class MLPMemory(FastWeights):
     def __init__(self, *tensors, seed=None):
         weights = MLPWeights(*tensors)
         (N, Q), V = weights.w_up.shape, weights.w_down.shape[0]
-        expected = MLPWeights((N, Q), (N,), (N, Q), (N,), (V, N), (V,))
+        expected = self.shapes(query_dim=Q, value_dim=V, hidden_units=N)
         for name, t, shape in zip(self.NAMES, weights, expected, strict=True):
             if t.shape != shape or t.dtype not in (torch.float32, torch.float64) or t.dtype != tensors[0].dtype:
                 raise ValueError(
@@ -157,10 +172,13 @@ class MLPMemory(FastWeights):
     @classmethod
     def random(cls, query_dim=512, value_dim=512, hidden_units=2304, *, seed=None, device=None, dtype=torch.float32):
         """As the release: normal weights with variance one over their inputs, zero biases."""
+        sizes = dict(query_dim=query_dim, value_dim=value_dim, hidden_units=hidden_units)
+        return cls._random(sizes, seed, device, dtype)
+
+    @staticmethod
+    def shapes(query_dim, value_dim, hidden_units):
         Q, V, N = query_dim, value_dim, hidden_units
-        shapes = MLPWeights((N, Q), (N,), (N, Q), (N,), (V, N), (V,))
-        seed = int(torch.randint(2**62, ())) if seed is None else seed
-        return cls(*(torch.empty(shape, device=device, dtype=dtype) for shape in shapes), seed=seed).reset()
+        return MLPWeights((N, Q), (N,), (N, Q), (N,), (V, N), (V,))
 
     @property
     def weights(self):

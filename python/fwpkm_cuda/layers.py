@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import ops
+from . import fast_mlp, ops
+from .checks import check_choice, check_whole, described
 from .fast_mlp import MLPMemory
 from .memory import Memory, draw_sub_keys, draw_values
 
@@ -37,6 +38,8 @@ class RMSNorm(nn.Module):
 def normalize(x, kind):
     """Over the last dimension, in float32: "zscore" (x - mean) / (std + 1e-6) with the unbiased std, "l2" or None."""
     x = at_least_float32(x)
+    if x.numel() == 0:  # where std() warns
+        return x
     if kind == "zscore":
         return (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 1e-6)
     if kind == "l2":
@@ -44,9 +47,9 @@ def normalize(x, kind):
     return x
 
 
-def check_choice(name, value, choices):
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+def table_dtype(dtype):
+    """Of the tables of a layer of this dtype (None: torch's default)."""
+    return torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
 
 
 class Float32Tables(nn.Module):
@@ -88,11 +91,19 @@ class Details(NamedTuple):
 class FastWeightLayer(Float32Tables):
     """The layer around fast weights: projections, gate, memory, output. Subclasses choose the memory."""
 
-    def __init__(self, hidden_size, query_size, value_size, *, gate, target_norm, norm_eps, options, device, dtype):
+    MEMORY = None  # class of the memory
+    PER_WRITE = ("losses",)  # fields of its readings that have entries for every write
+
+    def __init__(self, hidden_size, query_size, *, sizes, gate, target_norm, norm_eps, options, device, dtype):
         super().__init__()
+        check_whole(hidden_size=hidden_size, **sizes)
         check_choice("gate", gate, ("output_and_loss", "output", "none"))
         check_choice("target_norm", target_norm, ("zscore", "l2", None))
-        self.gate, self.target_norm, self.options = gate, target_norm, options
+        value_size = sizes["value_dim"]
+        if target_norm == "zscore" and value_size == 1:
+            raise ValueError("value_dim: expected at least 2 with target_norm 'zscore', got 1")
+        self.hidden_size, self.sizes, self.options = hidden_size, sizes, options
+        self.gate, self.target_norm = gate, target_norm
         new = dict(device=device, dtype=dtype)
         self.query_norm = RMSNorm(hidden_size, norm_eps, **new)
         self.query_proj = nn.Linear(hidden_size, query_size, **new)
@@ -105,8 +116,17 @@ class FastWeightLayer(Float32Tables):
         self.out_proj = nn.Linear(value_size, hidden_size, **new)
 
     def extra_repr(self):
-        options = ", ".join(f"{k}={v!r}" for k, v in self.options.items())
-        return f"gate={self.gate!r}, target_norm={self.target_norm!r}, {options}"
+        settings = self.sizes | dict(gate=self.gate, target_norm=self.target_norm) | self.options
+        return ", ".join(f"{k}={v!r}" for k, v in settings.items())
+
+    def new_memory(self, *, seed=None, device=None, dtype=None):
+        """A fresh memory for this layer, on its device and float32 (of a float64 layer: float64) by default.
+
+        seed: of its random numbers, by default one of torch's generator."""
+        weight = self.query_proj.weight
+        device = weight.device if device is None else device
+        dtype = torch.promote_types(weight.dtype, torch.float32) if dtype is None else dtype
+        return self.MEMORY.random(**self.sizes, seed=seed, device=device, dtype=dtype)
 
     def project(self, hidden) -> Projected:
         """(B, T, hidden_size) -> query, value and gate"""
@@ -136,9 +156,9 @@ class FastWeightLayer(Float32Tables):
         chunk_size    in place of the layer's own
         read_passes   reads and writes the sequence n times in a row, and returns the answers of the last time;
                       differentiable through all of them, so T must be a multiple of chunk_size, and boundary "drop\""""
-        options = self._options(chunk_size)
+        options = self._check_call(hidden, memory, mask, chunk_size, read_passes)
         projected = self.project(hidden)
-        passes, T = self._check_passes(read_passes), hidden.shape[1]
+        passes, T = read_passes, hidden.shape[1]
         tokens = self._tokens(projected, mask)
         if passes > 1:
             if T % options["chunk_size"] or options.get("boundary") == "carry":
@@ -147,7 +167,7 @@ class FastWeightLayer(Float32Tables):
                     f"{options['chunk_size']} tokens, got {T} (stream() with flush=True reads any number)"
                 )
             tokens = [None if x is None else torch.cat([x] * passes, 1) for x in tokens]
-        reading = memory.scan(*tokens, **options)
+        reading = memory.scan(*tokens, **options, **self._gradient_options())
         return self._answer(self._last(reading, T), projected, return_details)
 
     def stream(self, hidden, memory, mask=None, *, chunk_size=None, flush=False, read_passes=1, return_details=False):
@@ -156,14 +176,13 @@ class FastWeightLayer(Float32Tables):
         Shapes as `forward`. The result does not depend on how a sequence is cut into calls. flush=True also writes a
         partial last chunk, as does `memory.flush()` at the end of a context. read_passes: reads the tokens n times,
         each time to the end and with a flush, and returns the answers of the last time."""
-        options = self._options(chunk_size)
-        projected = self.project(hidden)
-        passes = self._check_passes(read_passes)
-        if passes > 1 and not flush:
+        options = self._check_call(hidden, memory, mask, chunk_size, read_passes)
+        if read_passes > 1 and not flush:
             raise ValueError("read_passes: more than one pass needs flush=True")
-        if passes > 1 and memory.pending_tokens:
+        if read_passes > 1 and memory.pending_tokens:
             raise ValueError(f"read_passes: {memory.pending_tokens} tokens are pending; call memory.flush() before")
-        for _ in range(passes):
+        projected = self.project(hidden)
+        for _ in range(read_passes):
             reading = memory.stream(*self._tokens(projected, mask), **options)
             if flush and not memory.is_frozen:
                 rest = memory.flush()
@@ -172,15 +191,30 @@ class FastWeightLayer(Float32Tables):
                     reading = reading._replace(**written)
         return self._answer(reading, projected, return_details)
 
-    PER_WRITE = ("losses",)  # fields of a reading that have entries for every write
+    def _check_call(self, hidden, memory, mask, chunk_size, read_passes):
+        """-> the options of the call"""
+        check_whole(read_passes=read_passes)
+        is_tensor = isinstance(hidden, Tensor) and hidden.is_floating_point()
+        if not is_tensor or hidden.dim() != 3 or hidden.shape[2] != self.hidden_size:
+            raise ValueError(
+                f"hidden: expected floating-point numbers of shape (B, T, {self.hidden_size}), got {described(hidden)}"
+            )
+        if mask is not None:
+            if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != hidden.shape[:2]:
+                raise ValueError(f"mask: expected bool of shape {tuple(hidden.shape[:2])}, got {described(mask)}")
+        if not isinstance(memory, self.MEMORY):
+            raise TypeError(f"memory: expected a {self.MEMORY.__name__}, got {type(memory).__name__}")
+        for (name, t), shape in zip(memory.tensors.items(), self.MEMORY.shapes(**self.sizes), strict=True):
+            if t.shape != shape:
+                raise ValueError(f"memory: expected {name} of shape {shape} for this layer, got {tuple(t.shape)}")
+        if chunk_size is None:
+            return self.options
+        check_whole(chunk_size=chunk_size)
+        return self.options | {"chunk_size": chunk_size}
 
-    def _options(self, chunk_size):
-        return self.options if chunk_size is None else self.options | {"chunk_size": chunk_size}
-
-    def _check_passes(self, read_passes):
-        if read_passes < 1:
-            raise ValueError(f"read_passes: expected at least 1, got {read_passes}")
-        return read_passes
+    def _gradient_options(self):
+        """Of `memory.scan` and not of `memory.stream`."""
+        return {}
 
     def _tokens(self, projected, mask):
         query, value, gate = projected
@@ -196,6 +230,13 @@ class FastWeightLayer(Float32Tables):
             return y
         fields = (projected.gate, *(getattr(reading, name, None) for name in Details._fields[1:]))
         return y, Details(*(None if x is None else x.detach() for x in fields))
+
+
+def check_reads(topk, num_sub_keys, key_dim, value_dim, heads):
+    check_whole(topk=topk, num_sub_keys=num_sub_keys, key_dim=key_dim, value_dim=value_dim, heads=heads)
+    Memory.shapes(num_sub_keys, key_dim, value_dim, heads)
+    if topk > num_sub_keys:
+        raise ValueError(f"topk: expected at most num_sub_keys = {num_sub_keys}, got {topk}")
 
 
 class FwPKM(FastWeightLayer):
@@ -216,6 +257,7 @@ class FwPKM(FastWeightLayer):
     sparse_grad        their gradient for values: sparse COO (as torch.optim.SparseAdam takes it), or dense
     All others are options of the scan: see `fwpkm_cuda.chunk_scan`."""
 
+    MEMORY = Memory
     TABLES = ("initial_values", "initial_sub_keys")
     PER_WRITE = ("losses", "addressing_loss")
 
@@ -255,17 +297,23 @@ class FwPKM(FastWeightLayer):
             temperature=temperature, lr=lr, weight_decay=weight_decay, grad_clip=grad_clip, write_rule=write_rule,
             values_only=values_only, addressing_weight=addressing_weight, boundary=boundary,
         )  # fmt: skip
+        sizes = dict(num_sub_keys=num_sub_keys, key_dim=key_dim, value_dim=value_dim, heads=heads)
+        check_reads(topk, **sizes)
+        ops.check_scan_options(**options)
+        check_choice("query_norm", query_norm, ("zscore", "l2", None))
+        if query_norm == "zscore" and key_dim == 2:
+            raise ValueError("key_dim: expected at least 4 with query_norm 'zscore', got 2")
         super().__init__(
-            hidden_size, heads * key_dim, value_dim, gate=gate, target_norm=target_norm, norm_eps=norm_eps,
+            hidden_size, heads * key_dim, sizes=sizes, gate=gate, target_norm=target_norm, norm_eps=norm_eps,
             options=options, device=device, dtype=dtype,
         )  # fmt: skip
-        check_choice("query_norm", query_norm, ("zscore", "l2", None))
         self.query_norm_kind, self.heads, self.sparse_grad = query_norm, heads, sparse_grad
-        self.sizes = dict(num_sub_keys=num_sub_keys, key_dim=key_dim, value_dim=value_dim, heads=heads)
         self.initial_values = self.initial_sub_keys = None
         if learned_initial_memory:
-            initial = Memory.random(**self.sizes, device=device)
-            self.initial_values, self.initial_sub_keys = nn.Parameter(initial.values), nn.Parameter(initial.sub_keys)
+            new = dict(device=device, dtype=table_dtype(dtype))
+            values, sub_keys = (torch.empty(shape, **new) for shape in Memory.shapes(**sizes))
+            self.initial_values = nn.Parameter(draw_values(values))
+            self.initial_sub_keys = nn.Parameter(draw_sub_keys(sub_keys))
 
     @classmethod
     def released(cls, hidden_size, **changes):
@@ -276,22 +324,20 @@ class FwPKM(FastWeightLayer):
         return cls(hidden_size, **(dict(score="idw", write_rule="release") | changes))
 
     def extra_repr(self):
-        sizes = ", ".join(f"{k}={v}" for k, v in self.sizes.items())
-        return f"{sizes}, query_norm={self.query_norm_kind!r}, {super().extra_repr()}"
+        return f"{super().extra_repr()}, query_norm={self.query_norm_kind!r}"
 
     def new_memory(self, *, seed=None, device=None, dtype=None) -> Memory:
-        """A fresh memory for this layer, float32 unless dtype says float64, on the layer's device or another one.
+        """A fresh memory for this layer, on its device and float32 (of a float64 layer: float64) by default.
 
         seed: of its random numbers, by default one of torch's generator. With learned_initial_memory it is the layer's
-        parameters, until the first write makes a copy of them (device and dtype are then those of the layer)."""
+        parameters, until the first write makes a copy of them (and nothing else can be asked for)."""
         if self.initial_values is not None:
             if any(x is not None for x in (seed, device, dtype)):
                 raise ValueError(
                     "seed, device, dtype: a learned initial memory is where the layer is (see Memory.clone)"
                 )
             return Memory(self.initial_values, self.initial_sub_keys)
-        device = self.query_proj.weight.device if device is None else device
-        return Memory.random(**self.sizes, seed=seed, device=device, dtype=dtype or torch.float32)
+        return super().new_memory(seed=seed, device=device, dtype=dtype)
 
     def project(self, hidden):
         query, value, gate = super().project(hidden)
@@ -300,8 +346,8 @@ class FwPKM(FastWeightLayer):
             query = normalize(query.unflatten(-1, (2, -1)), self.query_norm_kind).flatten(-2).to(query.dtype)
         return Projected(query, value, gate)
 
-    def forward(self, hidden, memory, mask=None, **options):
-        return super().forward(hidden, memory, mask, **options)
+    def _gradient_options(self):
+        return {"sparse_grad": self.sparse_grad}
 
     def _last(self, reading, T):
         if reading.out.shape[1] == T:
@@ -315,6 +361,8 @@ class FwMLP(FastWeightLayer):
     Defaults are the paper's: 512 -> 2304 -> 512, chunks of 512, step size 0.1, all six tensors written by the gradient
     of the mean loss. query_dim Q, value_dim V, hidden_units N; lookahead_target, loss: see `fast_mlp.mlp_loss`; the
     others as in `FwPKM`."""
+
+    MEMORY = MLPMemory
 
     def __init__(
         self,
@@ -340,19 +388,11 @@ class FwMLP(FastWeightLayer):
             chunk_size=chunk_size, lookahead=lookahead, lookahead_target=lookahead_target, loss=loss, lr=lr,
             weight_decay=weight_decay, grad_clip=grad_clip,
         )  # fmt: skip
+        fast_mlp.check_options(**options)
         super().__init__(
-            hidden_size, query_dim, value_dim, gate=gate, target_norm=target_norm, norm_eps=norm_eps, options=options,
-            device=device, dtype=dtype,
+            hidden_size, query_dim, sizes=dict(query_dim=query_dim, value_dim=value_dim, hidden_units=hidden_units),
+            gate=gate, target_norm=target_norm, norm_eps=norm_eps, options=options, device=device, dtype=dtype,
         )  # fmt: skip
-        self.sizes = dict(query_dim=query_dim, value_dim=value_dim, hidden_units=hidden_units)
-
-    def extra_repr(self):
-        return f"{', '.join(f'{k}={v}' for k, v in self.sizes.items())}, {super().extra_repr()}"
-
-    def new_memory(self, *, seed=None, device=None, dtype=None) -> MLPMemory:
-        """Fresh fast weights for this layer, float32 unless dtype says float64."""
-        device = self.query_proj.weight.device if device is None else device
-        return MLPMemory.random(**self.sizes, seed=seed, device=device, dtype=dtype or torch.float32)
 
 
 class PKM(Float32Tables):
@@ -399,8 +439,10 @@ class PKM(Float32Tables):
             if output_dim != input_dim:
                 raise ValueError(f"output_dim: expected input_dim = {input_dim} of the PEER variant, got {output_dim}")
             value_dim, swilu = input_dim, False
+        check_whole(input_dim=input_dim, output_dim=output_dim)
+        check_reads(topk, num_sub_keys, key_dim, value_dim, heads)
         self.heads, self.topk, self.sparse_grad = heads, topk, sparse_grad
-        table = dict(device=device, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        table = dict(device=device, dtype=table_dtype(dtype))
         new = dict(device=device, dtype=dtype)
         self.sub_keys = nn.Parameter(torch.empty(heads, 2, num_sub_keys, key_dim // 2, **table))
         self.values = nn.Parameter(torch.empty(num_sub_keys**2, value_dim, **table))

@@ -9,12 +9,14 @@ import copy
 import inspect
 import json
 import math
+from contextlib import contextmanager
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import ops, storage
+from .checks import check_whole
 
 
 class Tokens(NamedTuple):
@@ -84,6 +86,11 @@ class FastWeights:
         self._options = None  # of the queued tokens, and of a pending scan
 
     # ---------------------------------------------------------------------------------------- what a subclass provides
+    @staticmethod
+    def shapes(**sizes):
+        """Of the tensors, in the order of NAMES; sizes are the words of `random`."""
+        raise NotImplementedError
+
     def _scan(self, tokens, **options):
         """Reads and writes, differentiably; returns the new weights in its result and leaves the memory alone."""
         raise NotImplementedError
@@ -99,6 +106,13 @@ class FastWeights:
     def _draw(self, generator):
         """Fills the tensors with the numbers of a fresh memory."""
         raise NotImplementedError
+
+    @classmethod
+    def _random(cls, sizes, seed, device, dtype):
+        check_whole(**sizes)
+        tensors = (torch.empty(shape, device=device, dtype=dtype) for shape in cls.shapes(**sizes))
+        seed = int(torch.randint(2**62, (), device="cpu")) if seed is None else seed
+        return cls(*tensors, seed=seed).reset()
 
     # ------------------------------------------------------------------------------------------------------- the state
     @property
@@ -130,9 +144,17 @@ class FastWeights:
         """A learned initial memory is the layer's parameters until something is written; then it is a copy of them."""
         return any(t.requires_grad for t in self._tensors.values())
 
-    def _own(self):
+    @contextmanager
+    def _owned(self):
+        """Where the memory is written. If that fails, a learned initial memory is the parameters again."""
+        before = dict(self._tensors)
         if self._is_learned():
             self._tensors.update({name: t.detach().clone() for name, t in self._tensors.items()})
+        try:
+            yield
+        except BaseException:
+            self._tensors.update(before)
+            raise
 
     def _refuse_if_frozen(self, what):
         if self.is_frozen:
@@ -184,8 +206,8 @@ class FastWeights:
     def commit(self):
         """Puts the pending scan, if there is one, into the weights, in place. Raises their version counters."""
         if self.pending is not None:
-            self._own()
-            self._commit(self.pending, **self._options)
+            with self._owned():
+                self._commit(self.pending, **self._options)
             self.rollback()
 
     def rollback(self):
@@ -207,7 +229,6 @@ class FastWeights:
         self.commit()
         options = self._complete(options)
         self._refuse_other_options(tokens, options)
-        self._own()
         chunk_size = options["chunk_size"]
         waiting = self.pending_tokens
         chunks, rest = divmod(waiting + query.shape[1], chunk_size) if chunk_size > 0 else (0, 0)
@@ -217,7 +238,8 @@ class FastWeights:
             self._queued += query.shape[1]
         else:
             tokens = Tokens.join([*self._queue, tokens])
-            reading = self._scan_(tokens, **options, carried=self._carried, flush=False)
+            with self._owned():
+                reading = self._scan_(tokens, **options, carried=self._carried, flush=False)
             reading = reading._replace(**{name: getattr(reading, name)[:, waiting:] for name in self.PER_TOKEN})
             self._carried = options["lookahead"] if options.get("boundary") == "carry" else 0
             self._queued = rest + self._carried
@@ -234,7 +256,7 @@ class FastWeights:
         self.commit()
         reading = None
         if self.pending_tokens:
-            with torch.no_grad():
+            with torch.no_grad(), self._owned():
                 reading = self._scan_(Tokens.join(self._queue), **self._options, carried=self._carried, flush=True)
         self._drop_stream()
         return reading
@@ -320,9 +342,9 @@ class FastWeights:
             return self
         self.rollback()
         source = other.clone(self.device)
-        self._own()
-        for name, t in self._tensors.items():
-            t.copy_(source._tensors[name])
+        with self._owned():
+            for name, t in self._tensors.items():
+                t.copy_(source._tensors[name])
         self._queue, self._queued = source._queue, source._queued
         self._carried, self._options = source._carried, source._options
         return self
@@ -414,18 +436,14 @@ class Memory(FastWeights):
 
         num_sub_keys P (there are P*P slots), key_dim K (of each head, even), value_dim V, heads H. seed: None takes one
         from torch's generator."""
-        if min(num_sub_keys, key_dim, value_dim, heads) < 1 or key_dim % 2:
-            raise ValueError(
-                "num_sub_keys, key_dim, value_dim, heads: expected positive numbers and an even key_dim, got "
-                f"{num_sub_keys}, {key_dim}, {value_dim}, {heads}"
-            )
-        seed = int(torch.randint(2**62, ())) if seed is None else seed
-        memory = cls(
-            torch.empty(num_sub_keys**2, value_dim, device=device, dtype=dtype),
-            torch.empty(heads, 2, num_sub_keys, key_dim // 2, device=device, dtype=dtype),
-            seed,
-        )
-        return memory.reset()
+        sizes = dict(num_sub_keys=num_sub_keys, key_dim=key_dim, value_dim=value_dim, heads=heads)
+        return cls._random(sizes, seed, device, dtype)
+
+    @staticmethod
+    def shapes(num_sub_keys, key_dim, value_dim, heads):
+        if key_dim % 2:
+            raise ValueError(f"key_dim: expected an even number, two halves of a query, got {key_dim}")
+        return (num_sub_keys**2, value_dim), (heads, 2, num_sub_keys, key_dim // 2)
 
     @property
     def values(self):

@@ -8,12 +8,14 @@ read per head, V value dimension, C chunk size, L lookahead. The memory (`values
 activations (`query`, `target`, `loss_weights`) are of its dtype or bfloat16 or float16.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import registration as registration  # the operators are complete when this module is
+from .checks import check_finite, check_whole
 
 _ops = torch.ops.fwpkm
 
@@ -136,6 +138,20 @@ def chunk_scan(
         sparse_grad,
     )  # fmt: skip
     return Scan(*result[: len(Scan._fields)])
+
+
+def check_scan_options(*, topk, **options):
+    """Raises what `chunk_scan_` raises for these options, whatever the memory and the tokens: it is called without."""
+    check_whole(topk=topk, chunk_size=options["chunk_size"])
+    check_whole(at_least=0, lookahead=options.get("lookahead", 1))
+    numbers = ("eps", "temperature", "lr", "weight_decay", "addressing_weight", "grad_clip")
+    check_finite(**{name: options[name] for name in numbers if options.get(name) is not None})
+    new = partial(torch.empty, device="cpu")
+    try:
+        with torch.no_grad():
+            chunk_scan_(new(topk * topk, 1), new(1, 2, topk, 1), new(1, 0, 1, 2), new(1, 0, 1), topk=topk, **options)
+    except RuntimeError as error:
+        raise ValueError(str(error)) from None
 
 
 def chunk_scan_(
