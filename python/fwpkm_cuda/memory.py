@@ -234,8 +234,9 @@ class FastWeights:
         chunks, rest = divmod(waiting + query.shape[1], chunk_size) if chunk_size > 0 else (0, 0)
         if chunks == 0:  # nothing is written: what waits need not be read again
             reading = self._scan_(tokens, **options, carried=0, flush=False)
-            self._queue.append(tokens.last(query.shape[1]))
-            self._queued += query.shape[1]
+            if query.shape[1]:
+                self._queue.append(tokens.last(query.shape[1]))
+                self._queued += query.shape[1]
         else:
             tokens = Tokens.join([*self._queue, tokens])
             with self._owned():

@@ -21,10 +21,12 @@ class Usage(NamedTuple):
 
 def read_counts(indices, num_slots) -> Tensor:
     """How often each slot is read.  indices (any shape, integers in [0, S)) -> (S,) int64"""
-    counts = torch.bincount(indices.reshape(-1), minlength=num_slots)
-    if len(counts) > num_slots:
-        raise ValueError(f"indices: expected slots below num_slots = {num_slots}, got {len(counts) - 1}")
-    return counts
+    indices = indices.reshape(-1)
+    if len(indices):
+        for slot in map(int, indices.aminmax()):
+            if not 0 <= slot < num_slots:
+                raise ValueError(f"indices: expected slots in [0, {num_slots}), got {slot}")
+    return torch.bincount(indices, minlength=num_slots)
 
 
 def usage(indices, num_slots) -> Usage:
