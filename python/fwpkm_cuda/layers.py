@@ -31,8 +31,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.zeros(size, device=device, dtype=dtype))
 
     def forward(self, x):
-        x, weight = at_least_float32(x), at_least_float32(self.weight)
-        return F.rms_norm(x, weight.shape, 1 + weight, self.eps).to(self.weight.dtype)
+        dtype = torch.promote_types(torch.promote_types(x.dtype, self.weight.dtype), torch.float32)
+        weight = 1 + self.weight.to(dtype)
+        return F.rms_norm(x.to(dtype), weight.shape, weight, self.eps).to(self.weight.dtype)
 
 
 def normalize(x, kind):
