@@ -234,3 +234,53 @@ def test_errors_are_messages(run, tmp_path):
     if not torch.cuda.is_available():
         with pytest.raises(SystemExit, match="finds no CUDA GPU"):
             run("--device", "cuda")
+
+
+# ------------------------------------------------------------------------------------ train_bytes.py and decode.py
+@pytest.fixture
+def load():
+    def load(name):
+        spec = importlib.util.spec_from_file_location(name, EXAMPLE.with_name(f"{name}.py"))
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+def test_train_bytes_prints_how_the_loss_falls(load, capsys):
+    load("train_bytes").main(["--steps", "25", "--every", "8"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [int(line.split()[1]) for line in lines] == [0, 8, 16, 24]
+    losses = [float(re.search(r"  loss ([\d.]+)  ", line)[1]) for line in lines]
+    assert losses[0] > 5 and losses[-1] < 0.65 * losses[0]
+    for line in lines:
+        layers = re.findall(r"layer (\d): memory loss ([\d.]+), gate ([\d.]+)", line)
+        assert [i for i, _, _ in layers] == ["1", "3"]
+        assert all(0 < float(loss) < 1 and 0 < float(gate) < 1 for _, loss, gate in layers)
+
+
+def test_a_memory_saved_by_decode_goes_on_with_the_same_bits(load, tmp_path, capsys):
+    file = tmp_path / "memory.safetensors"
+    stayed, loaded, forgot = load("decode").main(["--file", str(file), "--context", "100", "--steps", "70"])
+    assert stayed.shape == (1, 70, 32) and stayed.isfinite().all()
+    assert torch.equal(stayed, loaded)
+    assert (stayed - forgot).norm() > 0.01 * stayed.norm()
+    printed = capsys.readouterr().out
+    assert "read 100 tokens; the last 36 were written by flush()" in printed
+    assert "decoded 70 tokens one by one; with the loaded memory the same bits: True" in printed
+    assert file.is_file()
+
+
+def test_decoding_is_a_stream_of_its_own_answers(load):
+    example = load("decode")
+    layer = example.fwpkm_cuda.FwPKM(hidden_size=8, key_dim=8, value_dim=8, num_sub_keys=16, chunk_size=4)
+    memory, twin = layer.new_memory(seed=0), layer.new_memory(seed=0)
+    token = torch.randn(1, 1, 8)
+    answers = example.decode(layer, memory, token, 10)
+    inputs = torch.cat([token, answers[:, :-1]], 1)
+    with torch.no_grad():
+        expected = inputs + layer.stream(inputs, twin)
+    torch.testing.assert_close(answers, expected)
+    torch.testing.assert_close(memory.values, twin.values)
+    assert memory.pending_tokens == 2 and not torch.equal(memory.values, layer.new_memory(seed=0).values)

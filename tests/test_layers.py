@@ -448,11 +448,13 @@ def test_read_passes_are_the_sequence_again_and_again():
     for x, z in zip(*(torch.autograd.grad(o, hidden, direction) for o in (y, twice)), strict=True):
         torch.testing.assert_close(x, z, rtol=1e-8, atol=1e-10)
     assert details.indices.shape[1] == details.weights.shape[1] == details.gates.shape[1] == 6
+    assert details.losses.shape == (2, 3 * 4) and details.addressing_loss.shape == (3 * 2,)
     a.commit(), b.commit()
     torch.testing.assert_close(bits(a), bits(b), rtol=1e-10, atol=1e-12)
     with torch.no_grad():
-        streamed = layer.stream(hidden, c, flush=True, read_passes=3)
+        streamed, same = layer.stream(hidden, c, flush=True, read_passes=3, return_details=True)
     assert torch.equal(streamed, y) and equal(bits(c), bits(a))
+    assert equal(same, details), "losses are of all chunks that the call wrote"
 
 
 @torch.no_grad()
@@ -503,6 +505,16 @@ def test_a_flushed_stream_has_the_bits_of_forward_and_commit(options, dtype):
     with torch.inference_mode():
         y = layer.stream(hidden, b)
     assert torch.equal(y, layer(hidden, a))
+
+
+@torch.no_grad()
+def test_a_stream_of_no_tokens_leaves_nothing_behind():
+    layer = fwpkm()
+    memory = layer.new_memory(seed=0, dtype=torch.float64)
+    assert layer.stream(hidden_states(T=0), memory).shape == (2, 0, WIDTH)
+    assert memory.pending_tokens == 0
+    layer(hidden_states(B=1), memory)  # needs no flush, and may have other rows and options
+    layer.stream(hidden_states(B=1), memory, chunk_size=4)
 
 
 @torch.no_grad()
@@ -865,7 +877,8 @@ def test_a_refused_call_names_its_argument_and_leaves_the_memory(layer, sizes, m
     layer = layer(WIDTH, **sizes)
     for streamed in (0, 2) if method == "stream" else (0,):
         memory = layer.new_memory(seed=0)
-        layer.stream(torch.randn(2, streamed, WIDTH), memory, yes(2, streamed))
+        if streamed:
+            layer.stream(torch.randn(2, streamed, WIDTH), memory, yes(2, streamed))
         before = state(memory)
         with pytest.raises(REFUSED, match=match):
             getattr(layer, method)(hidden, memory, yes(2, 5) if mask is None else mask, **options)

@@ -4,6 +4,7 @@ The baseline that a sparse memory has to beat. Plain PyTorch: it is made of matr
 and autograd gives its write as well as the gradients through it. Its chunks and its life cycle are those of `Memory`.
 """
 
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -92,17 +93,21 @@ def mlp_scan(
 
     weights `MLPWeights`, query (B, T, Q), target (B, T, V), loss_weights (B, T) or None, mask (B, T) bool or None ->
     `MLPScan`; nothing given is changed. Options as in `fwpkm_cuda.chunk_scan`, `mlp_loss` and `mlp_write`; pairs across
-    a chunk's edge are left out. flush=False: a partial last chunk is read but not written. carried: always 0."""
+    a chunk's edge are left out. flush=False: a partial last chunk is read but not written. carried: 0."""
     check_options(chunk_size, lookahead, lookahead_target, loss, lr, weight_decay, grad_clip)
     _check_tokens(weights, query, target, loss_weights, mask)
     B, T = query.shape[:2]
     differentiable = torch.is_grad_enabled()
+    with torch.inference_mode(False):  # autograd cannot write with tensors of inference mode
+        weights = MLPWeights(*(w.clone() if w.is_inference() else w for w in weights))
+        tokens = (query, target, loss_weights, mask)
+        query, target, loss_weights, mask = (x.clone() if x is not None and x.is_inference() else x for x in tokens)
     query, target = query.to(weights.w_up.dtype), target.to(weights.w_up.dtype)
     outs, losses = [query.new_empty(B, 0, target.shape[2])], [query.new_empty(B, 0)]
     for start in range(0, T, chunk_size):
         stop = min(start + chunk_size, T)
         q, t, g, m = (None if x is None else x[:, start:stop] for x in (query, target, loss_weights, mask))
-        with torch.enable_grad():  # the write is autograd's, also under no_grad
+        with _recording(query.device.type):
             live = MLPWeights(*(w if w.requires_grad else w.detach().requires_grad_() for w in weights))
             out = mlp_read(live, q)
             outs.append(out if differentiable else out.detach())
@@ -115,6 +120,14 @@ def mlp_scan(
         if not differentiable:
             weights = MLPWeights(*(w.detach() for w in weights))
     return MLPScan(torch.cat(outs, 1), torch.cat(losses, 1), *weights)
+
+
+@contextmanager
+def _recording(device_type):
+    """The write is autograd's, wherever the scan is called: under no_grad, in inference mode, under autocast too (the
+    weights keep their precision)."""
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device_type, enabled=False):
+        yield
 
 
 def check_options(chunk_size, lookahead, lookahead_target, loss, lr, weight_decay, grad_clip):
@@ -160,6 +173,9 @@ class MLPMemory(FastWeights):
 
     def __init__(self, *tensors, seed=None):
         weights = MLPWeights(*tensors)
+        for name in ("w_up", "w_down"):
+            if getattr(weights, name).dim() != 2:
+                raise ValueError(f"{name}: expected a matrix, got shape {tuple(getattr(weights, name).shape)}")
         (N, Q), V = weights.w_up.shape, weights.w_down.shape[0]
         expected = self.shapes(query_dim=Q, value_dim=V, hidden_units=N)
         for name, t, shape in zip(self.NAMES, weights, expected, strict=True):
@@ -201,9 +217,16 @@ class MLPMemory(FastWeights):
             )
         with torch.no_grad():
             result = mlp_scan(self.weights, *tokens, **options)
-            if not self.is_frozen:
-                self._commit(result)
+            self._commit(result)
         return result
+
+    def _repeat(self, tokens, options):
+        if self.pending is None:  # the write's own backward pass has run into the hooks of the checkpoint
+            raise RuntimeError("scan: an MLPMemory is scanned under checkpoint(..., use_reentrant=True), or under none")
+        return super()._repeat(tokens, options)
+
+    def _reading(self, scan):
+        return scan
 
     def _commit(self, scan, **_):
         for name, w in self._tensors.items():

@@ -45,6 +45,7 @@ def normalize(x, kind):
         return (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 1e-6)
     if kind == "l2":
         return x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
+    check_choice("kind", kind, (None,))
     return x
 
 
@@ -183,13 +184,12 @@ class FastWeightLayer(Float32Tables):
         if read_passes > 1 and memory.pending_tokens:
             raise ValueError(f"read_passes: {memory.pending_tokens} tokens are pending; call memory.flush() before")
         projected = self.project(hidden)
+        written = []
         for _ in range(read_passes):
             reading = memory.stream(*self._tokens(projected, mask), **options)
-            if flush and not memory.is_frozen:
-                rest = memory.flush()
-                if rest is not None:
-                    written = {k: torch.cat([getattr(reading, k), getattr(rest, k)], -1) for k in self.PER_WRITE}
-                    reading = reading._replace(**written)
+            rest = memory.flush() if flush and not memory.is_frozen else None
+            written += [reading] if rest is None else [reading, rest]
+        reading = reading._replace(**{k: torch.cat([getattr(x, k) for x in written], -1) for k in self.PER_WRITE})
         return self._answer(reading, projected, return_details)
 
     def _check_call(self, hidden, memory, mask, chunk_size, read_passes):

@@ -99,6 +99,10 @@ class FastWeights:
         """The same in place, without derivatives."""
         raise NotImplementedError
 
+    def _reading(self, scan):
+        """Of the result of a `_scan`, what `_scan_` returns."""
+        raise NotImplementedError
+
     def _commit(self, scan, **options):
         """Puts the new weights of a `_scan` into the memory."""
         raise NotImplementedError
@@ -169,7 +173,7 @@ class FastWeights:
         scan and writes nothing. In compiled code (torch.compile) `commit` must have been called before."""
         tokens = Tokens(query, target, loss_weights, mask)
         if self.is_frozen:
-            return self._scan(tokens, **self._read_only(tokens, options))
+            return self._read(tokens, options)
         if torch.compiler.is_compiling():
             if self.pending is not None:
                 raise RuntimeError(
@@ -193,9 +197,11 @@ class FastWeights:
                 "backward() before commit(), and before the memory is used again"
             )
         scan = self._scan(tokens, **options)
-        # The same tokens, read from the same memory, give the same answers but for rounding; others are far from them.
+        # The same tokens, read from the same memory, give the same answers but for rounding; on a GPU another order of
+        # rounding, somewhere before the layer, may also have led a few tokens to other slots.
         out, expected = scan.out.detach(), self.pending.out
-        if out.shape != expected.shape or (out - expected).norm() > 0.1 * expected.norm():
+        tolerance = 1e-4 if out.device.type == "cpu" else 1e-2
+        if out.shape != expected.shape or (out - expected).norm() > tolerance * expected.norm():
             raise RuntimeError(
                 "scan: activation checkpointing repeats a scan that is not the memory's last one; call backward() "
                 "before the memory is used again"
@@ -225,20 +231,27 @@ class FastWeights:
         chunk_size also while only the last `lookahead` tokens of a written chunk are."""
         tokens = Tokens(query, target, loss_weights, mask)
         if self.is_frozen:
-            return self._scan_(tokens, **self._read_only(tokens, options))
+            if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tokens):
+                raise RuntimeError(
+                    "stream: has no derivative, but an input requires grad; call it under torch.no_grad()"
+                )
+            with torch.no_grad():
+                return self._reading(self._read(tokens, options))
         self.commit()
         options = self._complete(options)
-        self._refuse_other_options(tokens, options)
         chunk_size = options["chunk_size"]
+        check_whole(chunk_size=chunk_size)
+        self._refuse_other_options(tokens, options)
         waiting = self.pending_tokens
-        chunks, rest = divmod(waiting + query.shape[1], chunk_size) if chunk_size > 0 else (0, 0)
+        chunks, rest = (waiting + query.shape[1]) // chunk_size, (waiting + query.shape[1]) % chunk_size
         if chunks == 0:  # nothing is written: what waits need not be read again
             reading = self._scan_(tokens, **options, carried=0, flush=False)
             if query.shape[1]:
                 self._queue.append(tokens.last(query.shape[1]))
                 self._queued += query.shape[1]
         else:
-            tokens = Tokens.join([*self._queue, tokens])
+            if self._queue:
+                tokens = Tokens.join([*self._queue, tokens])
             with self._owned():
                 reading = self._scan_(tokens, **options, carried=self._carried, flush=False)
             reading = reading._replace(**{name: getattr(reading, name)[:, waiting:] for name in self.PER_TOKEN})
@@ -292,27 +305,35 @@ class FastWeights:
                 raise ValueError(
                     f"{name}: must be given in every call of a stream, or in none; flush() begins a new one"
                 )
-            if new is not None and (first.shape[0], *first.shape[2:]) != (new.shape[0], *new.shape[2:]):
-                raise ValueError(
-                    f"{name}: expected the shape of the tokens before, {tuple(first.shape)} but for the second number, "
-                    f"got {tuple(new.shape)}; {self._waiting()}"
-                )
+            if new is not None and new.shape != (
+                expected := (*first.shape[:1], tokens.query.shape[1], *first.shape[2:])
+            ):
+                raise ValueError(f"{name}: expected shape {expected}, got {tuple(new.shape)}; {self._waiting()}")
             if new is not None and (first.dtype, first.device) != (new.dtype, new.device):
                 raise ValueError(
                     f"{name}: expected {first.dtype} on {first.device} as the tokens before, got {new.dtype} on "
                     f"{new.device}; {self._waiting()}"
                 )
 
-    def _read_only(self, tokens, options):
-        """A chunk that never becomes full is read and not written."""
+    def _read(self, tokens, options):
+        """A scan whose only chunk never becomes full: it is read and not written."""
+        if not torch.compiler.is_compiling():
+            versions = [None if t.is_inference() else t._version for t in self._tensors.values()]
+            if in_backward_pass() and versions != self._versions:
+                raise RuntimeError(
+                    "scan: activation checkpointing repeats the reading of a frozen memory that has been written "
+                    "since; call backward() before the memory is written"
+                )
+            self._versions = versions
         too_large = tokens.query.shape[1] + options.get("lookahead", 1) + 1
-        return options | dict(chunk_size=too_large, flush=False)
+        return self._scan(tokens, **options | dict(chunk_size=too_large, flush=False))
 
     # -------------------------------------------------------------------------------------------- copies, reset, freeze
     def frozen(self):
         """A view that is read and never written: `scan` and `stream` leave the weights alone. It shares the tensors."""
         view = copy.copy(self)
         view.pending, view.is_frozen = None, True
+        view._versions = None  # of the tensors, at the last reading outside of a backward pass
         view._drop_stream()
         return view
 
@@ -470,6 +491,9 @@ class Memory(FastWeights):
     def _scan_(self, tokens, **options):
         values, sub_keys = (t.detach() for t in (self.values, self.sub_keys))
         return ops.chunk_scan_(values, sub_keys, *tokens, **options)
+
+    def _reading(self, scan):
+        return ops.Reading(*scan[: len(ops.Reading._fields)])
 
     def _commit(self, scan, lr=1.0, weight_decay=0.0, **_):
         ops.commit_(self.values, self.sub_keys, scan, lr=lr, weight_decay=weight_decay)

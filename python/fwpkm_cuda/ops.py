@@ -128,7 +128,7 @@ def chunk_scan(
 
     Gradients of out, weights, losses, addressing_loss, new_rows and new_sub_keys with respect to query, target,
     loss_weights, sub_keys and values are exact (once); slots, N_read, mask and the cut of the top-k are constants.
-    Forward-mode derivatives (torch.func.jvp) are not supported. Memory: the log new_rows has one row per read,
+    Neither torch.func.jvp nor torch.func.grad is supported. Memory: the log new_rows has one row per read,
     B*T*H*R*V numbers (zeros where two reads of a chunk share a row), plus one copy of sub_keys per write.
 
     Equivalent to `reference.chunk_scan`; docs/mathematics.md, sections 2 to 5."""
