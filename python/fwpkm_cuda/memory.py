@@ -186,9 +186,25 @@ class FastWeights:
         if self._queue:
             raise RuntimeError(f"scan: {self._waiting()} of a stream; call flush() (or reset()) before a scan")
         scan = self._scan(tokens, **options)
+        if scan.out.requires_grad and not torch.compiler.is_compiling():
+            scan.out.register_hook(self._unwritten_since())
         self.pending = type(scan)(*(x.detach() for x in scan))
         self._options = options
         return scan
+
+    def _unwritten_since(self):
+        """A hook for the backward pass of a scan. Autograd notices by itself that the memory was written before it,
+        except where non-reentrant activation checkpointing reads the memory again in place of saving it."""
+        versions = [(t, t._version) for t in self._tensors.values()]
+
+        def check(_):
+            if any(t._version != version for t, version in versions):
+                raise RuntimeError(
+                    "the memory has been modified by an inplace operation (commit) since the scan; call backward() "
+                    "before commit(), and before the memory is used again"
+                )
+
+        return check
 
     def _repeat(self, tokens, options):
         if self.pending is None:
