@@ -311,6 +311,9 @@ FWPKM_INLINE void weighted_sum_columns(const T* const* rows, const T* minus, con
 template <typename T>
 void weighted_sum(const T* const* rows, const T* minus, const T* weights, int64_t count, int64_t width, T* out) {
   int64_t c = 0;
+  if constexpr (kRegisters == 1)  // long runs of each row, as many as there are registers for
+    for (; c + 16 * kLanes<T> <= width; c += 16 * kLanes<T>)
+      weighted_sum_columns<T, 16>(rows, minus, weights, count, c, out);
   for (; c + 4 * kLanes<T> <= width; c += 4 * kLanes<T>)
     weighted_sum_columns<T, 4>(rows, minus, weights, count, c, out);
   for (; c + kLanes<T> <= width; c += kLanes<T>) weighted_sum_columns<T, 1>(rows, minus, weights, count, c, out);
