@@ -7,14 +7,13 @@
 #pragma once
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 #include <memory>
-#include <new>
 #include <optional>
 #include <vector>
 
 #include "cpu/key_gradients.h"
+#include "cpu/pages.h"
 #include "cpu/scan.h"
 
 namespace fwpkm {
@@ -61,8 +60,8 @@ class BackwardScan {
                   key_count_ * sizeof(T));
     // One gradient row per distinct slot at most; memory that is never written is never taken.
     const int64_t most = std::min(s_.slots, s_.batch * s_.tokens * view_.reads);
-    drows_.reset(static_cast<T*>(std::malloc(std::max<int64_t>(most, 1) * s_.width * sizeof(T))));
-    if (!drows_) throw std::bad_alloc();
+    const int64_t bytes = std::max<int64_t>(most, 1) * s_.width * sizeof(T);
+    drows_ = {static_cast<T*>(map_zeros(bytes)), Unmap{bytes}};
   }
 
   void run() {
@@ -313,16 +312,11 @@ class BackwardScan {
           const RowState& state = row_step_[id - 1];
           k_.scaled(drows_.get() + (id - 1) * s_.width, std::pow(T(o_.keep()), T(state.step)), 1, s_.width, row);
           id = 0;
-        } else {
-          std::memset(row, 0, s_.width * sizeof(T));
         }
       }
     }
   }
 
-  struct Free {
-    void operator()(T* p) const { std::free(p); }
-  };
   struct RowState {
     int32_t step;  // the gradient belongs to the row as it was before write number `step`; -1: no gradient yet
     bool written;  // a later write of this slot was met
@@ -341,9 +335,9 @@ class BackwardScan {
   const RowReader<T> rows_;
   KeyGradients<T> keys_;
   OrderedLists slot_lists_;
-  ZeroedTable row_id_;              // slot -> its gradient row + 1
-  std::unique_ptr<T, Free> drows_;  // [distinct slots, V]
-  std::vector<RowState> row_step_;  // of each gradient row
+  ZeroedTable row_id_;               // slot -> its gradient row + 1
+  std::unique_ptr<T, Unmap> drows_;  // [distinct slots, V]
+  std::vector<RowState> row_step_;   // of each gradient row
   // of the current step
   std::vector<int32_t> slots_, group_of_read_;  // [m, H, R]
   std::vector<const T*> g_rows_;                // [groups]

@@ -49,7 +49,8 @@ void combine(const T* s0, const T* s1, const int32_t* i0, const int32_t* i1, int
 template <typename T>
 class ProductKeySearch {
  public:
-  static constexpr int64_t kBlock = 32;  // tokens whose scores are held at a time
+  static constexpr int64_t kBlock =
+      16;  // tokens whose scores are held at a time; with more, queries leave the L1 cache
 
   ProductKeySearch(const ProductKeySizes& sizes, int64_t topk, Score score, double eps)
       : s_(sizes), topk_(topk), idw_(score == Score::kIdw), eps_(T(eps)), scores_(kBlock * sizes.sub_keys) {}

@@ -19,13 +19,11 @@ constexpr int64_t kTokensPerTask = 16;
 Tensor checked_indices(const Tensor& indices, int64_t num_slots) {
   check_indices_dtype(indices);
   const auto check = [&](const auto* p) {
-    const auto outside = [&](int64_t i) { return p[i] < 0 || int64_t(p[i]) >= num_slots; };
-    const int64_t n = indices.numel();
-    bool any = false;  // without a branch: many indices at a time
-    for (int64_t i = 0; i < n; ++i) any |= outside(i);
-    for (int64_t i = 0; any && i < n; ++i)
-      STD_TORCH_CHECK(!outside(i), "indices: expected slots in [0, ", num_slots, "), got ", p[i], " at flat position ",
-                      i);
+    bool right = true;  // without a branch in the loop
+    for (int64_t i = 0, n = indices.numel(); i < n; ++i) right &= (p[i] >= 0) & (int64_t(p[i]) < num_slots);
+    for (int64_t i = 0; !right; ++i)
+      STD_TORCH_CHECK(p[i] >= 0 && int64_t(p[i]) < num_slots, "indices: expected slots in [0, ", num_slots, "), got ",
+                      p[i], " at flat position ", i);
   };
   const Tensor raw = prepared(indices, indices.scalar_type());
   if (raw.scalar_type() == ScalarType::Long)
@@ -56,6 +54,8 @@ Tensor value_gather_cpu(const Tensor& values, const Tensor& indices, const Tenso
       std::vector<const T*> rows(reads);
       for (int64_t x = begin; x < end; ++x) {
         for (int64_t r = 0; r < reads; ++r) rows[r] = vp + ip[x * reads + r] * width;
+        if (x + 1 < end)  // the processor finds the rest of a row by itself, its beginning not
+          for (int64_t r = 0; r < reads; ++r) __builtin_prefetch(vp + ip[(x + 1) * reads + r] * width);
         vector::kernels<T>().weighted_sum(rows.data(), nullptr, wp + x * reads, reads, width, op + x * width);
       }
     });

@@ -1,6 +1,10 @@
 // Body of the vectorised loops; see vector.h. Included by one file per instruction set, which defines
 // FWPKM_VECTOR_NAMESPACE. No standard headers with inline functions: compiled for a newer instruction set they could
-// replace the ordinary copies of the other files at link time.
+// replace the ordinary copies of the other files at link time. (Those of the intrinsics never leave an object file.)
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
 #include "cpu/vector.h"
 
 namespace fwpkm::vector::FWPKM_VECTOR_NAMESPACE {
@@ -49,6 +53,9 @@ struct Vec {
   FWPKM_INLINE void add_product(const Vec& a, const Vec& b) {  // fused where the instruction set has it
     for (int i = 0; i < kRegisters; ++i) v[i] += a.v[i] * b.v[i];
   }
+  FWPKM_INLINE void subtract_product(const Vec& a, const Vec& b) {
+    for (int i = 0; i < kRegisters; ++i) v[i] -= a.v[i] * b.v[i];
+  }
   FWPKM_INLINE void add_product(T a, const Vec& b) {
     for (int i = 0; i < kRegisters; ++i) v[i] += a * b.v[i];
   }
@@ -96,14 +103,77 @@ FWPKM_INLINE T sum(const Vec<T>& v) {
   return q[0][0] + q[0][1];
 }
 
+// out[i * stride + j] = sum(v[i][j])
+template <typename T, int N, int M>
+FWPKM_INLINE void store_sums(const Vec<T> (&v)[N][M], T* out, int64_t stride) {
+  for (int i = 0; i < N; ++i)
+    for (int j = 0; j < M; ++j) out[i * stride + j] = sum(v[i][j]);
+}
+
+#if defined(__AVX512F__) && __has_builtin(__builtin_shufflevector)
+// The same additions, on several vectors at a time.
+FWPKM_INLINE void store_sums(const Vec<float> (&v)[4][4], float* out, int64_t stride) {
+  typedef Register<float>::type Floats;
+  Floats row[4];  // four lanes each of v[0][j], v[1][j], v[2][j], v[3][j]
+  for (int j = 0; j < 4; ++j) {
+    Floats half[2];  // eight lanes each of v[i][j], v[i + 1][j]
+    for (int i = 0; i < 4; i += 2) {
+      const Floats a = v[i][j].v[0], b = v[i + 1][j].v[0];
+      half[i / 2] = __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+                    __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    }
+    row[j] = __builtin_shufflevector(half[0], half[1], 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+             __builtin_shufflevector(half[0], half[1], 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+  }
+  Floats pairs[2];  // in each quarter two lanes of row j and of row j + 1
+  for (int j = 0; j < 4; j += 2)
+    pairs[j / 2] =
+        __builtin_shufflevector(row[j], row[j + 1], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+        __builtin_shufflevector(row[j], row[j + 1], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+  const Floats all =
+      __builtin_shufflevector(pairs[0], pairs[1], 0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30) +
+      __builtin_shufflevector(pairs[0], pairs[1], 1, 3, 17, 19, 5, 7, 21, 23, 9, 11, 25, 27, 13, 15, 29, 31);
+  float sums[16];
+  __builtin_memcpy(sums, &all, sizeof sums);
+  for (int i = 0; i < 4; ++i) __builtin_memcpy(out + i * stride, sums + 4 * i, 4 * sizeof(float));
+}
+#endif
+
+// Bit l: lane l is `threshold` or more.
 template <typename T>
-FWPKM_INLINE bool any_greater(const Vec<T>& v, T threshold) {
-  typename Register<T>::bits any = v.v[0] > threshold;
-  for (int i = 1; i < kRegisters; ++i) any |= v.v[i] > threshold;
-  int64_t words[FWPKM_REGISTER_BYTES / 8], all = 0;
-  __builtin_memcpy(words, &any, sizeof any);
-  for (const int64_t word : words) all |= word;
-  return all != 0;
+FWPKM_INLINE uint32_t at_least(const Vec<T>& v, T threshold) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return _mm512_cmp_ps_mask(v.v[0], _mm512_set1_ps(threshold), _CMP_GE_OQ);
+  if constexpr (sizeof(T) == 8) return _mm512_cmp_pd_mask(v.v[0], _mm512_set1_pd(threshold), _CMP_GE_OQ);
+#else
+  uint32_t mask = 0;
+  for (int i = 0; i < kRegisters; ++i) {
+    const typename Register<T>::bits bits = v.v[i] >= threshold;
+    constexpr int kLanesHere = FWPKM_REGISTER_BYTES / sizeof(T);
+#if defined(__AVX__)
+    if constexpr (sizeof(T) == 4) mask |= uint32_t(_mm256_movemask_ps((__m256)bits)) << (i * kLanesHere);
+    if constexpr (sizeof(T) == 8) mask |= uint32_t(_mm256_movemask_pd((__m256d)bits)) << (i * kLanesHere);
+#elif defined(__SSE2__)
+    if constexpr (sizeof(T) == 4) mask |= uint32_t(_mm_movemask_ps((__m128)bits)) << (i * kLanesHere);
+    if constexpr (sizeof(T) == 8) mask |= uint32_t(_mm_movemask_pd((__m128d)bits)) << (i * kLanesHere);
+#else
+    for (int l = 0; l < kLanesHere; ++l) mask |= uint32_t(bits[l] & 1) << (i * kLanesHere + l);
+#endif
+  }
+  return mask;
+#endif
+}
+
+template <typename T>
+bool all_finite(const T* x, int64_t n) {
+  // x * 0 is 0 for every finite x, NaN for the others. Four sums: one alone waits for each addition.
+  Vec<T> odds[4] = {};
+  int64_t c = 0;
+  for (; c + 4 * kLanes<T> <= n; c += 4 * kLanes<T>)
+    for (int i = 0; i < 4; ++i) odds[i].add_product(T(0), load(x + c + i * kLanes<T>));
+  for (; c + kLanes<T> <= n; c += kLanes<T>) odds[0].add_product(T(0), load(x + c));
+  odds[1].add_product(T(0), load_partial(x + c, n - c));
+  return (sum(odds[0]) + sum(odds[1])) + (sum(odds[2]) + sum(odds[3])) == 0;
 }
 
 // ---- scores ---------------------------------------------------------------------------------------------------------
@@ -117,7 +187,10 @@ FWPKM_INLINE void score_tile(const T* q, int64_t q_stride, const T* keys, int64_
       const Vec<T> x = load_at(q + i * q_stride);
       for (int j = 0; j < M; ++j) {
         const Vec<T> d = Distance ? x - k[j] : x;
-        acc[i][j].add_product(d, Distance ? d : k[j]);
+        if constexpr (Distance)
+          acc[i][j].subtract_product(d, d);
+        else
+          acc[i][j].add_product(d, k[j]);
       }
     }
   };
@@ -125,11 +198,7 @@ FWPKM_INLINE void score_tile(const T* q, int64_t q_stride, const T* keys, int64_
   for (; c + kLanes<T> <= width; c += kLanes<T>)
     add([&](const T* p) __attribute__((always_inline)) { return load(p + c); });
   if (c < width) add([&](const T* p) __attribute__((always_inline)) { return load_partial(p + c, width - c); });
-  for (int i = 0; i < N; ++i)
-    for (int j = 0; j < M; ++j) {
-      const T s = sum(acc[i][j]);
-      out[i * out_stride + j] = Distance ? -s : s;
-    }
+  store_sums(acc, out, out_stride);
 }
 
 template <typename T, bool Distance>
@@ -171,28 +240,60 @@ FWPKM_INLINE void insert(T x, int32_t j, int64_t last, T* best, int32_t* index) 
   index[p] = j;
 }
 
+// A number that at least k of the scores reach: the k-th largest of the maxima of Groups * kLanes sets of scores. So
+// few scores but the k largest reach it that the search hardly meets another.
+template <typename T, int Groups>
+T reached_by(const T* scores, int64_t n, int64_t k) {
+  Vec<T> most[Groups];
+  for (auto& m : most)
+    for (auto& v : m.v) v = typename Register<T>::type{} - T(__builtin_inf());
+  for (int64_t j = 0; j + Groups * kLanes<T> <= n; j += Groups * kLanes<T>)
+    for (int g = 0; g < Groups; ++g) {
+      const Vec<T> x = load(scores + j + g * kLanes<T>);
+      for (int i = 0; i < kRegisters; ++i) most[g].v[i] = x.v[i] > most[g].v[i] ? x.v[i] : most[g].v[i];
+    }
+  constexpr int kSets = Groups * int(kLanes<T>);
+  T maxima[kSets];
+  for (int g = 0; g < Groups; ++g) store(maxima + g * kLanes<T>, most[g]);
+  typename Register<T>::bits larger[Groups][kRegisters] = {};  // minus the number of larger maxima
+  for (const T m : maxima)
+    for (int g = 0; g < Groups; ++g)
+      for (int i = 0; i < kRegisters; ++i) larger[g][i] += m > most[g].v[i];
+  decltype(larger[0][0][0] + 0) counts[kSets];
+  __builtin_memcpy(counts, larger, sizeof larger);
+  T bound = T(__builtin_inf());
+  for (int i = 0; i < kSets; ++i) bound = -counts[i] < k && maxima[i] < bound ? maxima[i] : bound;
+  return bound;
+}
+
 template <typename T>
 bool largest(const T* scores, int64_t n, int64_t k, T* best, int32_t* index) {
   if (!(n >= k && k > 0)) return false;
+  if (!all_finite(scores, n)) {
+    for (int64_t r = 0; r < k; ++r) best[r] = scores[r], index[r] = int32_t(r);
+    return false;
+  }
+  constexpr int kGroups = 16 / int(kLanes<T>);  // 16 sets
+  T threshold = k <= 8    ? reached_by<T, kGroups>(scores, n, k)
+                : k <= 32 ? reached_by<T, 4 * kGroups>(scores, n, k)
+                          : -T(__builtin_inf());
+  int64_t count = 0;
+  const auto offer = [&](int64_t j) __attribute__((always_inline)) {
+    if (count < k)
+      insert(scores[j], int32_t(j), count++, best, index);
+    else if (scores[j] > best[k - 1])
+      insert(scores[j], int32_t(j), k - 1, best, index);
+  };
   int64_t j = 0;
-  T odd = 0;  // x * 0 is 0 for every finite x, NaN for the others
-  for (; j < k; ++j) {
-    insert(scores[j], int32_t(j), j, best, index);
-    odd += scores[j] * 0;
-  }
-  Vec<T> odds = {};
   for (; j + kLanes<T> <= n; j += kLanes<T>) {
-    const Vec<T> v = load(scores + j);
-    odds.add_product(T(0), v);
-    if (any_greater<T>(v, best[k - 1]))
-      for (int64_t l = 0; l < kLanes<T>; ++l)
-        if (scores[j + l] > best[k - 1]) insert(scores[j + l], int32_t(j + l), k - 1, best, index);
+    uint32_t lanes = at_least(load(scores + j), threshold);
+    if (!lanes) continue;
+    for (; lanes; lanes &= lanes - 1) offer(j + __builtin_ctz(lanes));
+    if (count == k) threshold = best[k - 1];
   }
-  for (; j < n; ++j) {
-    odd += scores[j] * 0;
-    if (scores[j] > best[k - 1]) insert(scores[j], int32_t(j), k - 1, best, index);
-  }
-  return odd + sum(odds) == 0;
+  for (; j < n; ++j)
+    if (scores[j] >= threshold) offer(j);
+  return true;
 }
 
 // ---- rows -----------------------------------------------------------------------------------------------------------
@@ -313,15 +414,6 @@ void scaled(const T* x, T a, int64_t times, int64_t width, T* y) {
   block(Size<kBlock>{});
   block(Size<kLanes<T>>{});
   block(Size<1>{});
-}
-
-template <typename T>
-bool all_finite(const T* x, int64_t n) {
-  Vec<T> odds = {};
-  int64_t c = 0;
-  for (; c + kLanes<T> <= n; c += kLanes<T>) odds.add_product(T(0), load(x + c));
-  odds.add_product(T(0), load_partial(x + c, n - c));
-  return sum(odds) == 0;
 }
 
 template <typename T>
