@@ -30,11 +30,14 @@ struct alignas(16) Pack {
 // and addresses multiples of 16; else element by element, with zeros beyond the row.
 template <bool kAligned, typename T>
 __device__ __forceinline__ Pack<T> load_pack(const T* __restrict__ row, int64_t column, int64_t width) {
-  if constexpr (kAligned) return *reinterpret_cast<const Pack<T>*>(row + column);
-  Pack<T> pack;
+  if constexpr (kAligned) {
+    return *reinterpret_cast<const Pack<T>*>(row + column);
+  } else {
+    Pack<T> pack;
 #pragma unroll
-  for (int j = 0; j < Pack<T>::kSize; ++j) pack.v[j] = column + j < width ? row[column + j] : T(0);
-  return pack;
+    for (int j = 0; j < Pack<T>::kSize; ++j) pack.v[j] = column + j < width ? row[column + j] : T(0);
+    return pack;
+  }
 }
 
 template <bool kAligned, typename T>
