@@ -80,10 +80,10 @@ __global__ void __launch_bounds__(Size::kThreads)
   const int64_t step = int64_t(gridDim.x) * blockDim.z * 32;
   for (int64_t window = (int64_t(blockIdx.x) * blockDim.z + threadIdx.z) * 32; window < lists.n; window += step) {
     const int64_t p = window + lane;
-    bool starts = false;  // a group of a list that has more than one term left
+    bool starts = false;  // a group of more than one term
     if (p < lists.n && lists.key[p] != lists.num_keys) {
       const int64_t before = p - lists.begin[p];
-      starts = before % group == 0 && (before || (p + terms < lists.n && lists.key[p + terms] == lists.key[p]));
+      starts = before % group == 0 && p + terms < lists.n && lists.key[p + terms] == lists.key[p];
     }
     for (unsigned groups = __ballot_sync(kFullWarp, starts); groups; groups &= groups - 1) {
       const int32_t at = int32_t(window) + __ffs(groups) - 1, begin = lists.begin[at], key = lists.key[at];

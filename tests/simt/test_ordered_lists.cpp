@@ -16,7 +16,7 @@ Run make_lists(int32_t n, int32_t num_keys, bool invalid) {
   Random random;
   for (int32_t i = 0; i < n; ++i) {
     (*keys)[i] = Index(random.below(1 + random.below(num_keys)));
-    if (invalid && i % 17 == 3) (*keys)[i] = i % 2 ? Index(-1) : Index(num_keys);
+    if (invalid && i % 17 == 3) (*keys)[i] = sizeof(Index) == 8 ? Index(num_keys) : Index(-1);
   }
   const auto key_of = [=](int32_t i) {
     const Index k = (*keys)[i];

@@ -166,8 +166,9 @@ constexpr Shape kNarrow{70, 3, 12, 3, 0, true};
 constexpr Shape kManyReads{2, 1030, 25, 9, 0, true};
 constexpr Shape kHot{143, 8, 9, 12, 0, true, true};  // one slot has about 1000 reads: two levels
 constexpr Shape kHotter{1100, 2, 5, 3, 0, false, true};
-constexpr Shape kOnlyHot{1030, 1, 1, 4};  // 1030 reads: a group of one term
-constexpr Shape kWide{2, 3, 4, 2100};     // more parts than warps of a block
+constexpr Shape kOnlyHot{1030, 1, 1, 4};    // 1030 reads: a group of one term
+constexpr Shape kFullGroup{1024, 1, 1, 4};  // 32 whole pieces
+constexpr Shape kWide{2, 3, 4, 2100};       // more parts than warps of a block
 constexpr Shape kTiny{3, 5, 6, 8, 0, true};
 constexpr Shape kTinyHot{14, 5, 4, 8, 0, true, true};
 
@@ -200,6 +201,7 @@ const Register kCases({
     {"dvalues_hot", [] { return make_dvalues<Small, Small, float, int32_t>(kHot); }},
     {"dvalues_hotter", [] { return make_dvalues<Sort, Small, double, int64_t>(kHotter); }},
     {"dvalues_only_hot", [] { return make_dvalues<Sort, Small, float, int32_t>(kOnlyHot); }},
+    {"dvalues_full_group", [] { return make_dvalues<Sort, Small, float, int32_t>(kFullGroup); }},
     {"dvalues_wide", [] { return make_dvalues<Small, Small, float, int32_t>(kWide); }},
     {"dvalues_no_reads", [] { return make_dvalues<Small, Small, float, int32_t>({3, 0, 4, 8}); }},
     {"dvalues_no_columns", [] { return make_dvalues<Small, Small, float, int32_t>({3, 3, 4, 0}); }},
