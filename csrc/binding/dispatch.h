@@ -14,4 +14,13 @@ auto dispatch_memory(const Tensor& memory, F&& f) {
   return f(float{});
 }
 
+// The same for int32_t and int64_t, the dtypes of indices.
+template <typename F>
+auto dispatch_index(const Tensor& indices, F&& f) {
+  if (indices.scalar_type() == ScalarType::Long) return f(int64_t{});
+  STD_TORCH_CHECK(indices.scalar_type() == ScalarType::Int, "expected int32 or int64, got ",
+                  dtype_string(indices.scalar_type()));
+  return f(int32_t{});
+}
+
 }  // namespace fwpkm

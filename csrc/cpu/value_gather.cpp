@@ -1,8 +1,6 @@
 // torch.ops.fwpkm.value_gather and its derivatives on the CPU.
 #include "ops/value_gather.h"
 
-#include <limits>
-
 #include <torch/csrc/stable/library.h>
 
 #include "binding/dispatch.h"
@@ -17,7 +15,6 @@ constexpr int64_t kTokensPerTask = 16;
 
 // int32 copy of indices, every one checked to lie in [0, num_slots).
 Tensor checked_indices(const Tensor& indices, int64_t num_slots) {
-  check_indices_dtype(indices);
   const auto check = [&](const auto* p) {
     bool right = true;  // without a branch in the loop
     for (int64_t i = 0, n = indices.numel(); i < n; ++i) right &= (p[i] >= 0) & (int64_t(p[i]) < num_slots);
@@ -33,13 +30,9 @@ Tensor checked_indices(const Tensor& indices, int64_t num_slots) {
   return prepared(raw, ScalarType::Int);
 }
 
-int64_t reads_of(const Tensor& indices) { return indices.size(indices.dim() - 1); }
-
 Tensor value_gather_cpu(const Tensor& values, const Tensor& indices, const Tensor& weights, bool /*sparse_grad*/) {
-  check_values(values);
-  check_device(indices, values, "indices", "values");
+  check_value_gather(values, indices, weights);
   const Tensor ids = checked_indices(indices, values.size(0));
-  check_per_read(weights, indices, values, "weights", "values");
   const auto type = values.scalar_type();
   const Tensor v = prepared(values, type), w = prepared(weights, type);
   const int64_t width = v.size(1), reads = reads_of(indices);
@@ -65,12 +58,8 @@ Tensor value_gather_cpu(const Tensor& values, const Tensor& indices, const Tenso
 
 // dvalues[s] = sum over the reads of slot s, in their order, of weights * dout
 Tensor value_gather_dvalues_cpu(const Tensor& dout, const Tensor& indices, const Tensor& weights, int64_t num_slots) {
-  STD_TORCH_CHECK(num_slots >= 0 && num_slots <= std::numeric_limits<int32_t>::max(),
-                  "num_slots: expected a number in [0, 2^31), got ", num_slots);
-  check_indices_dtype(indices);
-  check_dout(dout, indices);
+  check_value_gather_dvalues(dout, indices, weights, num_slots);
   const Tensor ids = checked_indices(indices, num_slots);
-  check_per_read(weights, indices, dout, "weights", "dout");
   const auto type = dout.scalar_type();
   const Tensor d = prepared(dout, type), w = prepared(weights, type);
   const int64_t width = d.size(d.dim() - 1), reads = reads_of(indices);
@@ -94,15 +83,11 @@ Tensor value_gather_dvalues_cpu(const Tensor& dout, const Tensor& indices, const
 
 // dweights[..., r] = <dout, values[indices[..., r]]>
 Tensor value_gather_dweights_cpu(const Tensor& dout, const Tensor& values, const Tensor& indices, bool) {
-  check_values(values);
-  check_indices_dtype(indices);
-  check_dout(dout, indices);
-  check_dtype(dout, values.scalar_type(), "dout", "the dtype of values");
+  check_value_gather_dweights(dout, values, indices);
   const Tensor ids = checked_indices(indices, values.size(0));
   const auto type = values.scalar_type();
   const Tensor d = prepared(dout, type), v = prepared(values, type);
   const int64_t width = v.size(1), reads = reads_of(indices);
-  check_size(dout, dout.dim() - 1, width, "dout", "(..., V)");
   Tensor dweights = make(v, with_last(indices, reads), type);
   dispatch_memory(v, [&](auto t) {
     using T = decltype(t);

@@ -1,5 +1,7 @@
 // value_gather and its derivatives: validation, for every device.
 #pragma once
+#include <limits>
+
 #include "binding/checks.h"
 
 namespace fwpkm {
@@ -36,6 +38,34 @@ inline void check_dout(const Tensor& dout, const Tensor& indices) {
   STD_TORCH_CHECK(same, "dout: expected the leading dimensions of indices ", shape_string(indices), ", got shape ",
                   shape_string(dout));
   check_device(dout, indices, "dout", "indices");
+}
+
+inline int64_t reads_of(const Tensor& indices) { return indices.size(indices.dim() - 1); }
+
+// ---- of each operator, all but the indices themselves
+inline void check_value_gather(const Tensor& values, const Tensor& indices, const Tensor& weights) {
+  check_values(values);
+  check_device(indices, values, "indices", "values");
+  check_indices_dtype(indices);
+  check_per_read(weights, indices, values, "weights", "values");
+}
+
+inline void check_value_gather_dvalues(const Tensor& dout, const Tensor& indices, const Tensor& weights,
+                                       int64_t num_slots) {
+  STD_TORCH_CHECK(num_slots >= 0 && num_slots <= std::numeric_limits<int32_t>::max(),
+                  "num_slots: expected a number in [0, 2^31), got ", num_slots);
+  check_indices_dtype(indices);
+  check_dout(dout, indices);
+  check_per_read(weights, indices, dout, "weights", "dout");
+}
+
+inline void check_value_gather_dweights(const Tensor& dout, const Tensor& values, const Tensor& indices) {
+  check_values(values);
+  check_indices_dtype(indices);
+  check_device(values, indices, "values", "indices");
+  check_dout(dout, indices);
+  check_dtype(dout, values.scalar_type(), "dout", "the dtype of values");
+  check_size(dout, dout.dim() - 1, values.size(1), "dout", "(..., V)");
 }
 
 }  // namespace fwpkm

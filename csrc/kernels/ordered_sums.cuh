@@ -1,0 +1,129 @@
+// One weighted sum of rows per ordered list, in a fixed order, however long the list is:
+//
+//   sum(list) = sum over its entries of factor(entry) * rows[row(entry)]
+//
+// Order: a list is cut into pieces of 32 consecutive entries. The sum of a piece starts from zero and takes its entries
+// in order, one fused multiply-add each. Sums of pieces are then added in groups of 32 consecutive ones, in order, from
+// the first; so are the sums of groups, until one is left. The order depends on the length of the list alone, and a
+// list of 32 entries or fewer is a plain loop. A hot list is as parallel as many short ones.
+#pragma once
+#include "kernels/ordered_lists.cuh"
+
+namespace fwpkm::kernels {
+
+// ------------------------------------------------------------------------------------------------------------- sizes
+constexpr int kPiece = 32;  // entries of a piece, and sums of a group: one for every lane of a warp
+
+// Sums of pieces wait in scratch rows. Those of the list that begins at place b lie at b / 16, b / 16 + 1, ...: lists
+// do not overlap there, because a list of n > 32 entries has at most n / 16 pieces, rounded down; shorter ones need no
+// rows.
+__device__ __forceinline__ int64_t scratch_row(int32_t begin, int32_t piece) { return begin / (kPiece / 2) + piece; }
+
+// Elements of the scratch for sums over n entries of rows of `width`.
+inline int64_t ordered_sums_scratch(int32_t n, int64_t width) {
+  return n > kPiece ? (n / (kPiece / 2) + 1) * width : 0;
+}
+
+// ----------------------------------------------------------------------------------------------------------- kernels
+// One warp per place and part of the row; the warps of places where a piece begins have work.
+// Terms: rows, row(entry), factor(entry). Output: T* row(key, first entry), where a list's sum goes.
+template <typename Size, bool kAligned, typename T, typename Terms, typename Output>
+__global__ void __launch_bounds__(Size::kThreads)
+    sum_pieces(OrderedLists lists, Terms terms, Output output, int64_t width, T* __restrict__ scratch) {
+  constexpr int kInFlight = 4;  // rows on their way at once
+  const int lane = threadIdx.x;
+  const int64_t step = int64_t(gridDim.x) * blockDim.z;
+  for (int64_t p = int64_t(blockIdx.x) * blockDim.z + threadIdx.z; p < lists.n; p += step) {
+    const int32_t key = lists.key[p], begin = lists.begin[p];
+    if (key == lists.num_keys) return;  // no list here nor after it
+    if ((p - begin) % kPiece) continue;
+    const bool mine = p + lane < lists.n && lists.key[p + lane] == key;
+    const int count = __popc(__ballot_sync(kFullWarp, mine));
+    const bool only = p == begin && !(p + kPiece < lists.n && lists.key[p + kPiece] == key);
+    const int32_t entry = mine ? lists.entry[p + lane] : 0;
+    const int32_t row = mine ? terms.row(entry) : 0;
+    const T factor = mine ? terms.factor(entry) : T(0);
+    T* const to =
+        only ? output.row(key, lists.entry[begin]) : scratch + scratch_row(begin, int32_t(p - begin) / kPiece) * width;
+
+    constexpr int kColumns = 32 * Pack<T>::kSize;
+    for (int64_t part = int64_t(threadIdx.y) * kColumns; part < width; part += int64_t(blockDim.y) * kColumns) {
+      const int64_t column = part + lane * Pack<T>::kSize;
+      Pack<T> sum = filled_pack(T(0));
+      for (int first = 0; first < count; first += kInFlight) {
+        Pack<T> packs[kInFlight];
+        T factors[kInFlight];
+#pragma unroll
+        for (int j = 0; j < kInFlight; ++j) {
+          const int from = first + j < kPiece ? first + j : 0;
+          const int32_t its_row = __shfl_sync(kFullWarp, row, from);
+          factors[j] = __shfl_sync(kFullWarp, factor, from);
+          if (first + j < count && column < width)
+            packs[j] = load_pack<kAligned>(terms.rows + its_row * width, column, width);
+        }
+#pragma unroll
+        for (int j = 0; j < kInFlight; ++j)
+          if (first + j < count && column < width) add_product(sum, factors[j], packs[j]);
+      }
+      if (column < width) store_pack<kAligned>(to, column, width, sum);
+    }
+  }
+}
+
+// One level of the tree: `stride` pieces lie between the sums that are added. One warp per 32 places and part of the
+// row. A group's sum replaces its first term, which no other group reads.
+template <typename Size, bool kAligned, typename T, typename Output>
+__global__ void __launch_bounds__(Size::kThreads)
+    add_groups(OrderedLists lists, Output output, int64_t width, int32_t stride, T* __restrict__ scratch) {
+  const int lane = threadIdx.x;
+  const int64_t terms = int64_t(kPiece) * stride, group = kPiece * terms;  // entries of a term's list part; of a group
+  const int64_t step = int64_t(gridDim.x) * blockDim.z * 32;
+  for (int64_t window = (int64_t(blockIdx.x) * blockDim.z + threadIdx.z) * 32; window < lists.n; window += step) {
+    const int64_t p = window + lane;
+    bool starts = false;  // a group of more than one term
+    if (p < lists.n && lists.key[p] != lists.num_keys) {
+      const int64_t before = p - lists.begin[p];
+      starts = before % group == 0 && p + terms < lists.n && lists.key[p + terms] == lists.key[p];
+    }
+    for (unsigned groups = __ballot_sync(kFullWarp, starts); groups; groups &= groups - 1) {
+      const int32_t at = int32_t(window) + __ffs(groups) - 1, begin = lists.begin[at], key = lists.key[at];
+      const int32_t pieces = (end_of_list(lists, key, at) - begin + kPiece - 1) / kPiece;
+      const int32_t first = (at - begin) / kPiece;
+      const bool last_level = pieces <= terms;
+      T* const sums = scratch + scratch_row(begin, 0) * width;
+      T* const to = last_level ? output.row(key, lists.entry[begin]) : sums + first * width;
+      for (int64_t column = int64_t(threadIdx.y * 32 + lane) * Pack<T>::kSize; column < width;
+           column += int64_t(blockDim.y) * 32 * Pack<T>::kSize) {
+        Pack<T> sum = load_pack<kAligned>(sums + first * width, column, width);
+        for (int64_t j = 1; j < kPiece && first + j * stride < pieces; ++j)
+          add(sum, load_pack<kAligned>(sums + (first + j * stride) * width, column, width));
+        store_pack<kAligned>(to, column, width, sum);
+      }
+    }
+  }
+}
+
+// ------------------------------------------------------------------------------------------------------------ launch
+// scratch: ordered_sums_scratch(lists.n, width) elements. `aligned`: rows_are_packs of the rows, the outputs and the
+// scratch.
+template <typename Size, bool kAligned, typename T, typename Terms, typename Output>
+cudaError_t launch_ordered_sums(const OrderedLists& lists, const Terms& terms, const Output& output, int64_t width,
+                                T* scratch, cudaStream_t stream) {
+  const dim3 block = row_block<T, Size>(width);
+  cudaError_t error = simt::launch(sum_pieces<Size, kAligned, T, Terms, Output>, blocks_for<Size>(lists.n, block.z),
+                                   block, stream, lists, terms, output, width, scratch);
+  for (int64_t stride = 1; kPiece * stride < lists.n && error == cudaSuccess; stride *= kPiece)
+    error = simt::launch(add_groups<Size, kAligned, T, Output>, blocks_for<Size>(lists.n, 32 * block.z), block, stream,
+                         lists, output, width, int32_t(stride), scratch);
+  return error;
+}
+
+template <typename Size = LaunchSize, typename T, typename Terms, typename Output>
+cudaError_t ordered_sums(const OrderedLists& lists, const Terms& terms, const Output& output, int64_t width, T* scratch,
+                         bool aligned, cudaStream_t stream) {
+  if (lists.n == 0 || width == 0) return cudaSuccess;
+  return aligned ? launch_ordered_sums<Size, true>(lists, terms, output, width, scratch, stream)
+                 : launch_ordered_sums<Size, false>(lists, terms, output, width, scratch, stream);
+}
+
+}  // namespace fwpkm::kernels

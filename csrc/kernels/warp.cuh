@@ -1,0 +1,109 @@
+// Small tools of all kernels: lanes and warps, 16-byte packs of a row, the size of a launch.
+#pragma once
+#include "kernels/simt.cuh"
+
+namespace fwpkm::kernels {
+
+constexpr unsigned kFullWarp = 0xffffffffu;
+
+// How large a launch is. Results never depend on it; the tests take smaller ones, to get many blocks from little data.
+struct LaunchSize {
+  static constexpr int kThreads = 256;
+  static constexpr int kMaxBlocks = 1 << 20;  // more work than that: each block takes several items
+};
+
+// Blocks for `items` of work, `per_block` of them at a time.
+template <typename Size>
+unsigned blocks_for(int64_t items, int64_t per_block) {
+  const int64_t blocks = (items + per_block - 1) / per_block;
+  return unsigned(blocks < Size::kMaxBlocks ? blocks : Size::kMaxBlocks);
+}
+
+// 16 bytes of a row: what one thread loads at once.
+template <typename T>
+struct alignas(16) Pack {
+  static constexpr int kSize = 16 / sizeof(T);
+  T v[kSize];
+};
+
+// The pack of a row that begins at `column`, which is a multiple of the pack's size. kAligned: rows are whole packs,
+// and addresses multiples of 16; else element by element, with zeros beyond the row.
+template <bool kAligned, typename T>
+__device__ __forceinline__ Pack<T> load_pack(const T* __restrict__ row, int64_t column, int64_t width) {
+  if constexpr (kAligned) {
+    return *reinterpret_cast<const Pack<T>*>(row + column);
+  } else {
+    Pack<T> pack;
+#pragma unroll
+    for (int j = 0; j < Pack<T>::kSize; ++j) pack.v[j] = column + j < width ? row[column + j] : T(0);
+    return pack;
+  }
+}
+
+template <bool kAligned, typename T>
+__device__ __forceinline__ void store_pack(T* row, int64_t column, int64_t width, const Pack<T>& pack) {
+  if constexpr (kAligned) {
+    *reinterpret_cast<Pack<T>*>(row + column) = pack;
+  } else {
+#pragma unroll
+    for (int j = 0; j < Pack<T>::kSize; ++j)
+      if (column + j < width) row[column + j] = pack.v[j];
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ Pack<T> filled_pack(T x) {
+  Pack<T> pack;
+#pragma unroll
+  for (int j = 0; j < Pack<T>::kSize; ++j) pack.v[j] = x;
+  return pack;
+}
+
+// sum += factor * pack, rounded once
+template <typename T>
+__device__ __forceinline__ void add_product(Pack<T>& sum, T factor, const Pack<T>& pack) {
+#pragma unroll
+  for (int j = 0; j < Pack<T>::kSize; ++j) sum.v[j] = fma(factor, pack.v[j], sum.v[j]);
+}
+
+template <typename T>
+__device__ __forceinline__ void add(Pack<T>& sum, const Pack<T>& pack) {
+#pragma unroll
+  for (int j = 0; j < Pack<T>::kSize; ++j) sum.v[j] += pack.v[j];
+}
+
+// Whether every pointer is a multiple of 16 and every row whole packs.
+template <typename T, typename... Pointers>
+bool rows_are_packs(int64_t width, Pointers... pointers) {
+  return width % Pack<T>::kSize == 0 && ((reinterpret_cast<uintptr_t>(pointers) % 16 == 0) && ...);
+}
+
+// Sum of x over the lanes up to and including this one.
+__device__ __forceinline__ int inclusive_sum(int x, int lane) {
+#pragma unroll
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const int before = __shfl_up_sync(kFullWarp, x, distance);
+    if (lane >= distance) x += before;
+  }
+  return x;
+}
+
+// Lanes in the order of the sum: l and l + 16, then l and l + 8, ...: every lane ends with the same bits.
+template <typename T>
+__device__ __forceinline__ T warp_sum(T x) {
+#pragma unroll
+  for (int distance = 16; distance; distance /= 2) x += __shfl_xor_sync(kFullWarp, x, distance);
+  return x;
+}
+
+// The places of one row among the threads of a block: threadIdx.x is the lane, threadIdx.y the part of the row,
+// threadIdx.z the row. A part is 32 packs wide; a row of more parts than threads wraps around.
+template <typename T, typename Size>
+dim3 row_block(int64_t width) {
+  const int64_t parts = (width + 32 * Pack<T>::kSize - 1) / (32 * Pack<T>::kSize);
+  unsigned y = 1;
+  while (y < parts && y < unsigned(Size::kThreads) / 32) y *= 2;
+  return dim3(32, y, Size::kThreads / 32 / y);
+}
+
+}  // namespace fwpkm::kernels

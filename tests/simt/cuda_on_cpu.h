@@ -1,0 +1,154 @@
+// CUDA for a host compiler: the language and the intrinsics that the kernels use. Each CUDA thread is a fiber; the
+// scheduler is cuda_on_cpu.cpp. Types come from NVIDIA's own headers.
+//
+// Every schedule follows from Options::seed. Wrong use of barriers and collectives, and deadlock, throw
+// std::runtime_error and name the thread and the line; memory errors and races are for the sanitizers to find.
+#pragma once
+#include <driver_types.h>
+#include <vector_types.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <string>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#undef __global__
+#undef __device__
+#undef __host__
+#undef __shared__
+#undef __forceinline__
+#undef __launch_bounds__
+#define __global__
+#define __device__
+#define __host__
+#define __shared__ static_assert(false, "use SIMT_SHARED(name, type)");
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+
+inline uint3 threadIdx, blockIdx;  // rewritten at every switch
+inline dim3 blockDim, gridDim;
+using std::fma;
+
+// The caller's place, as default arguments.
+#define SIMT_HERE const char *file = __builtin_FILE(), int line = __builtin_LINE()
+
+namespace simt {
+
+struct Site {
+  const char* file = "";
+  int line = 0;
+  bool operator==(const Site& other) const { return line == other.line && !std::strcmp(file, other.file); }
+  std::string str() const { return std::string(file) + ":" + std::to_string(line); }
+};
+
+struct Options {
+  uint64_t seed = 0;
+  int resident = 2;       // blocks in flight at once
+  double preempt = 0.25;  // chance of a switch at an atomic or a fence
+  Site skip;              // the barrier here does nothing: for mutation tests
+};
+inline Options options;
+inline std::vector<Site> barriers_seen;  // every __syncthreads and __syncwarp that was reached
+
+namespace detail {
+
+enum class Op { kSync, kShfl, kShflUp, kShflDown, kShflXor, kBallot, kMatchAny };
+
+cudaError_t run(dim3 grid, dim3 block, const std::function<void()>& kernel);
+void block_barrier(Site at);
+void warp_collective(Op op, unsigned mask, int argument, const void* in, void* out, size_t size, Site at);
+void* shared(const void* key, size_t size, size_t align);
+void preempt();
+void fence();
+
+template <typename T>
+T collective(Op op, unsigned mask, T v, int argument, Site at) {
+  static_assert(sizeof(T) <= 16 && std::is_trivially_copyable_v<T>);
+  T out = v;
+  warp_collective(op, mask, argument, &v, &out, sizeof(T), at);
+  return out;
+}
+
+// Relaxed, as in CUDA.
+template <typename T, typename F>
+T atomic(T* p, F f) {
+  preempt();
+  T old = __atomic_load_n(p, __ATOMIC_RELAXED);
+  while (!__atomic_compare_exchange_n(p, &old, f(old), false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  }
+  return old;
+}
+
+}  // namespace detail
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, cudaStream_t, Arguments&&... arguments) {
+  std::tuple<Parameters...> parameters{static_cast<Parameters>(std::forward<Arguments>(arguments))...};
+  return detail::run(grid, block, [&] { std::apply(kernel, parameters); });
+}
+
+}  // namespace simt
+
+#define SIMT_SHARED(name, ...)                                      \
+  static char name##_simt_key;                                      \
+  auto& name = *static_cast<std::remove_reference_t<__VA_ARGS__>*>( \
+      ::simt::detail::shared(&name##_simt_key, sizeof(__VA_ARGS__), alignof(__VA_ARGS__)))
+
+// ---- barriers and fences
+inline void __syncthreads(SIMT_HERE) { simt::detail::block_barrier({file, line}); }
+inline void __syncwarp(unsigned mask = ~0u, SIMT_HERE) {
+  simt::detail::collective(simt::detail::Op::kSync, mask, 0, 0, {file, line});
+}
+inline void __threadfence() { simt::detail::fence(); }
+
+// ---- warp collectives. No __activemask: its value is not defined enough to test. A shuffle's width is 32.
+template <typename T>
+T __shfl_sync(unsigned mask, T v, int lane, SIMT_HERE) {
+  return simt::detail::collective(simt::detail::Op::kShfl, mask, v, lane, {file, line});
+}
+template <typename T>
+T __shfl_up_sync(unsigned mask, T v, unsigned distance, SIMT_HERE) {
+  return simt::detail::collective(simt::detail::Op::kShflUp, mask, v, int(distance), {file, line});
+}
+template <typename T>
+T __shfl_down_sync(unsigned mask, T v, unsigned distance, SIMT_HERE) {
+  return simt::detail::collective(simt::detail::Op::kShflDown, mask, v, int(distance), {file, line});
+}
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T v, int lane_mask, SIMT_HERE) {
+  return simt::detail::collective(simt::detail::Op::kShflXor, mask, v, lane_mask, {file, line});
+}
+inline unsigned __ballot_sync(unsigned mask, int predicate, SIMT_HERE) {
+  return simt::detail::collective(simt::detail::Op::kBallot, mask, unsigned(predicate != 0), 0, {file, line});
+}
+template <typename T>
+unsigned __match_any_sync(unsigned mask, T v, SIMT_HERE) {
+  static_assert(sizeof(T) == 4);
+  unsigned bits;
+  std::memcpy(&bits, &v, 4);
+  return simt::detail::collective(simt::detail::Op::kMatchAny, mask, bits, 0, {file, line});
+}
+
+// ---- atomics
+template <typename T>
+T atomicAdd(T* p, std::common_type_t<T> v) {
+  static_assert(std::is_integral_v<T>, "sums of floats in any order are not repeatable");
+  return simt::detail::atomic(p, [&](T old) { return T(old + v); });
+}
+template <typename T>
+T atomicOr(T* p, std::common_type_t<T> v) {
+  return simt::detail::atomic(p, [&](T old) { return T(old | v); });
+}
+template <typename T>
+T atomicCAS(T* p, std::common_type_t<T> expected, std::common_type_t<T> v) {
+  return simt::detail::atomic(p, [&](T old) { return old == expected ? T(v) : old; });
+}
+
+// ---- bits
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __ffs(int x) { return __builtin_ffs(x); }

@@ -1,0 +1,174 @@
+"""The CUDA kernels on the CPU: csrc/kernels compiled by the host compiler, every CUDA thread a fiber (tests/simt).
+
+Three builds of one program: plain, under AddressSanitizer and UndefinedBehaviorSanitizer, and under ThreadSanitizer,
+which takes every CUDA thread for a thread. They are kept in build/simt, or in FWPKM_SIMT_BUILD_DIR.
+"""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import FULL
+
+ROOT = Path(__file__).parent.parent
+BUILD = Path(os.environ.get("FWPKM_SIMT_BUILD_DIR", ROOT / "build" / "simt"))
+SEEDS = 200 if FULL else 20
+MUTANT_SEEDS = 100 if FULL else 20
+SANITIZERS = {"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "halt_on_error=1", "UBSAN_OPTIONS": "halt_on_error=1"}
+
+# What the harness must say of the kernels of tests/simt/broken.cpp, and which build says it.
+BROKEN = {
+    "missing_barrier": ("tsan", "data race"),
+    "shuffle_as_fence": ("tsan", "data race"),
+    "two_blocks_add": ("tsan", "data race"),
+    "missing_fence": ("tsan", "data race"),
+    "divergent_barrier": ("plain", "broken.cpp:28 but thread"),
+    "return_before_barrier": ("plain", "returned while thread"),
+    "shuffle_outside_mask": ("plain", "which is not in its mask"),
+    "different_masks": ("plain", "do not exist or have returned|meets"),
+    "mask_of_returned_lane": ("plain", "names lanes 0x00000008 that do not exist or have returned"),
+    "deadlock": ("plain", "deadlock"),
+    "endless_spin": ("plain", "a million switches at atomics"),
+    "write_beyond_array": ("asan", "heap-buffer-overflow"),
+    "write_beyond_shared": ("asan", "use-after-poison"),
+    "misaligned_pack": ("asan", "misaligned address"),
+    "no_blocks": ("plain", "returned 9"),  # cudaErrorInvalidConfiguration
+}
+
+
+def tool(name):
+    """A program of the environment that runs the tests, or of PATH."""
+    return shutil.which(name, path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
+
+
+def cuda_include():
+    """The toolkit's headers: types only, nothing of them needs a GPU."""
+    compilers = [os.environ.get("CUDACXX"), tool("nvcc")]
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    folders = [Path(shutil.which(c) or c).resolve().parent.parent for c in compilers if c] + [
+        Path(h) for h in homes if h
+    ]
+    return next((f / "include" for f in folders if (f / "include" / "vector_types.h").is_file()), None)
+
+
+def missing():
+    """Why these tests cannot run here, or None."""
+    if not (ROOT / "csrc").is_dir():
+        return "the tests run away from the source tree"
+    if platform.machine() != "x86_64":
+        return "the fibers of tests/simt are written for x86-64"
+    if not cuda_include():
+        return "no CUDA headers (vector_types.h) beside nvcc, in CUDA_HOME or in /usr/local/cuda"
+    if not tool("cmake") or not tool("ninja"):
+        return "cmake and ninja are needed to build tests/simt"
+    return None
+
+
+reason = missing()
+pytestmark = pytest.mark.skipif(reason is not None, reason=str(reason))
+
+
+@pytest.fixture(scope="module")
+def programs():
+    """{"plain": ..., "asan": ..., "tsan": ...}, brought up to date."""
+    environment = dict(os.environ, PATH=f"{Path(tool('ninja')).parent}{os.pathsep}{os.environ.get('PATH', '')}")
+    source = ["-S", ROOT / "tests" / "simt", "-B", BUILD, "-G", "Ninja", f"-DCUDA_INCLUDE={cuda_include()}"]
+    for command in ([*source], ["--build", BUILD, "-j", "2"]):
+        result = subprocess.run([tool("cmake"), *command], capture_output=True, text=True, env=environment)
+        assert result.returncode == 0, result.stdout + result.stderr
+    return {name: BUILD / f"simt_{name}" for name in ("plain", "asan", "tsan")}
+
+
+def run(program, *words):
+    result = subprocess.run(
+        [program, *map(str, words)],
+        capture_output=True,
+        text=True,
+        errors="replace",
+        env=dict(os.environ, **SANITIZERS),
+        timeout=1200,
+    )
+    output = result.stdout + result.stderr
+    if "unexpected memory mapping" in output:
+        pytest.skip("this kernel's address space layout is not one that ThreadSanitizer knows")
+    return result.returncode, output
+
+
+def cases(programs, small=False):
+    names = run(programs["plain"], "list")[1].split()
+    return [name for name in names if name.startswith("small_") or not small]
+
+
+def test_every_case_under_many_schedules(programs):
+    """Bit for bit what a plain loop gives."""
+    names = cases(programs)
+    assert len(names) > 30
+    code, output = run(programs["plain"], "check", SEEDS, *names)
+    assert code == 0, output
+
+
+def test_address_and_undefined_behaviour_sanitizers(programs):
+    code, output = run(programs["asan"], "check", SEEDS if FULL else 2, *cases(programs))
+    assert code == 0, output
+
+
+def test_thread_sanitizer(programs):
+    code, output = run(programs["tsan"], "check", 10 if FULL else 2, *cases(programs, small=True))
+    assert code == 0, output
+
+
+@pytest.mark.parametrize("name", ["right_barrier", "right_fence"])
+def test_right_kernels_pass(programs, name):
+    for program in programs.values():
+        code, output = run(program, "broken", name)
+        assert code == 0 and "returned 0" in output, output
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_kernels_are_reported(programs, name):
+    build, words = BROKEN[name]
+    code, output = run(programs[build], "broken", name)
+    assert any(word in output for word in words.split("|")), output
+    assert code != 0 or name == "no_blocks", output
+
+
+def mutation_scores(programs, build, seeds):
+    """{barrier: schedules in which its absence was noticed}, over all small cases."""
+    scores = {}
+    for name in cases(programs, small=True):
+        code, output = run(programs[build], "mutate", seeds, name)
+        assert code == 0, output
+        for line in output.splitlines():
+            barrier, _, noticed = line.rpartition(" ")
+            scores[barrier] = scores.get(barrier, 0) + int(noticed)
+    return scores
+
+
+def test_every_barrier_is_needed(programs, capsys):
+    """Without any one of them a result differs, or ThreadSanitizer finds a race."""
+    plain = mutation_scores(programs, "plain", MUTANT_SEEDS)
+    races = mutation_scores(programs, "tsan", 2)
+    assert plain.keys() == races.keys() and plain
+    with capsys.disabled():
+        if FULL:
+            for barrier, wrong in plain.items():
+                print(f"\n{barrier}: wrong in {wrong} schedules, race in {races[barrier]} of 2 or more", end="")
+    unnoticed = [barrier for barrier in plain if not plain[barrier] and not races[barrier]]
+    assert not unnoticed
+
+
+def test_every_barrier_of_the_kernels_is_reached(programs):
+    """A barrier that no small case reaches would be left out of the test above."""
+    reached = set(mutation_scores(programs, "plain", 1))
+    kernels = ROOT / "csrc" / "kernels"
+    written = {
+        f"{path.name}:{number}"
+        for path in kernels.glob("*.cuh")
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if "__syncthreads(" in line or "__syncwarp(" in line
+    }
+    assert written <= reached, written - reached
