@@ -33,7 +33,7 @@ def make(T, P, seed=0, width=V):
     return memory.values, memory.sub_keys, new(1, T, 1, K) / 4, new(1, T, width), new(1, T).sigmoid()
 
 
-# ------------------------------------------------------------------------------------------------ one contestant, one process
+# -------------------------------------------------------------------------------------- one contestant, one process
 def contestant(name, mode, score, T, P, release_dir):
     """() -> out: one call of it, forward only or with the backward pass of (out * r).sum()"""
     values, sub_keys, query, target, gate = make(T, P)

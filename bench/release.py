@@ -7,6 +7,7 @@ Its embedding bag has a backward pass for GPUs alone (Triton); an equal function
 import importlib
 import sys
 import types
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -19,13 +20,23 @@ def embedding_bag_backward(indices, weight, per_sample_weights, grad):
     return dweight, (rows * grad.unsqueeze(1)).sum(-1)
 
 
-def stand_in_for_triton():
+@contextmanager
+def triton_or_a_stand_in():
+    """For the time of the import only: PyTorch itself asks whether there is a Triton."""
+    names = ("triton", "triton.language")
+    importlib.import_module("torch._dynamo")  # comes with what the release imports; it asks, and must hear the truth
     try:
         importlib.import_module("triton")
+        names = ()
     except ImportError:
-        triton, language = types.ModuleType("triton"), types.ModuleType("triton.language")
+        triton, language = map(types.ModuleType, names)
         triton.jit, triton.language, language.constexpr = (lambda f: f), language, int
-        sys.modules |= {"triton": triton, "triton.language": language}
+        sys.modules |= dict(zip(names, (triton, language)))
+    try:
+        yield
+    finally:
+        for name in names:
+            del sys.modules[name]
 
 
 def load(folder):
@@ -35,13 +46,13 @@ def load(folder):
         raise SystemExit(
             f"--release-dir: expected the released repository, with src/models/fwpkm/fwpkm.py, in {folder}"
         )
-    stand_in_for_triton()
     released = types.ModuleType("released_fwpkm")
     released.__path__ = [str(package)]
     sys.modules["released_fwpkm"] = released
-    wrapper = importlib.import_module("released_fwpkm.xformer_embeddingbag_grad_wrapper")
-    wrapper.embedding_bag_bw_rev_indices = embedding_bag_backward
-    return importlib.import_module("released_fwpkm.fwpkm").FastWeightProductKeyMemory
+    with triton_or_a_stand_in():
+        wrapper = importlib.import_module("released_fwpkm.xformer_embeddingbag_grad_wrapper")
+        wrapper.embedding_bag_bw_rev_indices = embedding_bag_backward
+        return importlib.import_module("released_fwpkm.fwpkm").FastWeightProductKeyMemory
 
 
 def make(folder, values, sub_keys, topk, score):

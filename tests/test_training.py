@@ -321,6 +321,43 @@ def test_a_checkpointed_read_of_a_frozen_memory_that_is_written_in_between_is_an
     assert same([hidden.grad], expected), "no error, and a gradient that is wrong"
 
 
+def test_a_frozen_memory_that_is_written_between_two_checkpointed_reads_is_an_error():
+    layer, memory, hidden = make()
+    frozen = memory.frozen()
+    run = lambda h: checkpoint(layer, h, frozen, use_reentrant=False)
+    first = run(hidden)
+    with torch.no_grad():
+        layer.stream(hidden.sin(), memory)
+    second = run(hidden.cos())
+    with pytest.raises(RuntimeError):
+        (first.sin() + second.cos()).sum().backward()
+
+
+@REENTRANT
+def test_a_memory_may_be_frozen_inside_of_a_checkpoint(reentrant):
+    results = []
+    for run in (lambda f, h: f(h), lambda f, h: checkpoint(f, h, use_reentrant=reentrant)):
+        layer, memory, hidden = make()
+        both = lambda h: layer(h, memory) + layer(h.cos(), memory.frozen())  # noqa: B023
+        run(both, hidden).sin().sum().backward()
+        memory.commit()
+        results.append([hidden.grad, *gradients(layer), *snapshot(memory)])
+    assert same(*results)
+
+
+@pytest.mark.parametrize("name", ["out", "losses", "weights", "addressing_loss", "new_rows", "new_sub_keys"])
+def test_a_late_backward_pass_through_any_output_of_a_checkpointed_scan_is_an_error(name):
+    torch.manual_seed(0)
+    memory = Memory.random(5, 4, 5, seed=0, dtype=torch.float64)
+    query = torch.randn(1, T, 1, 4, dtype=torch.float64, requires_grad=True)
+    target = torch.randn(1, T, 5, dtype=torch.float64)
+    scan = lambda q: getattr(memory.scan(q, target, topk=3, chunk_size=4), name)
+    first = checkpoint(scan, query, use_reentrant=False).sin().sum()
+    second = checkpoint(scan, query, use_reentrant=False).cos().sum()
+    with pytest.raises(RuntimeError):
+        (first + second).backward()
+
+
 def test_a_late_backward_pass_through_a_frozen_memory_is_autograd_s_error():
     layer, memory, hidden = make()
     y = layer(hidden, memory.frozen())

@@ -175,9 +175,10 @@ class FastWeightLayer(Float32Tables):
     def stream(self, hidden, memory, mask=None, *, chunk_size=None, flush=False, read_passes=1, return_details=False):
         """Reads the next tokens and writes the memory in place: for inference, under torch.no_grad().
 
-        Shapes as `forward`. The result does not depend on how a sequence is cut into calls. flush=True also writes a
-        partial last chunk, as does `memory.flush()` at the end of a context. read_passes: reads the tokens n times,
-        each time to the end and with a flush, and returns the answers of the last time."""
+        Shapes as `forward`. How a sequence is cut into calls makes no difference but for the rounding of the linear
+        layers (none for the same queries and values: see Memory.stream). flush=True also writes a partial last chunk,
+        as does `memory.flush()` at the end of a context. read_passes: reads the tokens n times, each time to the end
+        and with a flush, and returns the answers of the last time."""
         options = self._check_call(hidden, memory, mask, chunk_size, read_passes)
         if read_passes > 1 and not flush:
             raise ValueError("read_passes: more than one pass needs flush=True")

@@ -186,15 +186,16 @@ class FastWeights:
         if self._queue:
             raise RuntimeError(f"scan: {self._waiting()} of a stream; call flush() (or reset()) before a scan")
         scan = self._scan(tokens, **options)
-        if scan.out.requires_grad and not torch.compiler.is_compiling():
-            scan.out.register_hook(self._unwritten_since())
+        self._watch(scan)
         self.pending = type(scan)(*(x.detach() for x in scan))
         self._options = options
         return scan
 
-    def _unwritten_since(self):
-        """A hook for the backward pass of a scan. Autograd notices by itself that the memory was written before it,
+    def _watch(self, scan):
+        """Lets the backward pass of `scan` fail if the memory has been written before it. Autograd notices by itself,
         except where non-reentrant activation checkpointing reads the memory again in place of saving it."""
+        if not scan.out.requires_grad or torch.compiler.is_compiling():
+            return
         versions = [(t, t._version) for t in self._tensors.values()]
 
         def check(_):
@@ -204,7 +205,7 @@ class FastWeights:
                     "before commit(), and before the memory is used again"
                 )
 
-        return check
+        scan.out.register_hook(check)
 
     def _repeat(self, tokens, options):
         if self.pending is None:
@@ -335,14 +336,16 @@ class FastWeights:
         """A scan whose only chunk never becomes full: it is read and not written."""
         if not torch.compiler.is_compiling():
             versions = [None if t.is_inference() else t._version for t in self._tensors.values()]
-            if in_backward_pass() and versions != self._versions:
+            if in_backward_pass() and self._versions not in (None, versions):
                 raise RuntimeError(
                     "scan: activation checkpointing repeats the reading of a frozen memory that has been written "
                     "since; call backward() before the memory is written"
                 )
             self._versions = versions
         too_large = tokens.query.shape[1] + options.get("lookahead", 1) + 1
-        return self._scan(tokens, **options | dict(chunk_size=too_large, flush=False))
+        scan = self._scan(tokens, **options | dict(chunk_size=too_large, flush=False))
+        self._watch(scan)
+        return scan
 
     # -------------------------------------------------------------------------------------------- copies, reset, freeze
     def frozen(self):
