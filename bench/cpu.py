@@ -128,6 +128,7 @@ def measure_reads(T, P, repeats):
     options = dict(topk=R, chunk_size=C)
     scan = lambda: fwpkm_cuda.chunk_scan_(values, sub_keys, query, target, gate, **options)
     result["chunk_scan_"] = milliseconds(scan, repeats)
+    result["of it product_key_topk"] = milliseconds(lambda: fwpkm_cuda.product_key_topk(query, sub_keys, R), repeats)
     before = values.clone()
     scan = fwpkm_cuda.chunk_scan_(values, sub_keys, query, target, gate, **options)
     changed = int((values != before).any(-1).sum())
@@ -234,13 +235,18 @@ def goals(report):
     for grid, x in report["reads"].items():
         ratio = x["ms"]["embedding_bag"]["min"] / x["ms"]["value_gather"]["min"]
         yield f"{grid}: value_gather {ratio:.2f}x as fast as embedding_bag; goal 1 {verdict(ratio >= 1)}"
-    growth = {}
-    for name in ("value_gather", "chunk_scan_", "embedding_bag"):
-        per_read = [x["ms"][name]["min"] for x in report["reads"].values()]
-        growth[name] = per_read[-1] / per_read[0]
-    for name in ("value_gather", "chunk_scan_"):
-        text = f"{growth[name]:.2f}x from the smallest to the largest P, embedding_bag {growth['embedding_bag']:.2f}x"
-        yield f"{name}: {text}; goal no more {verdict(growth[name] <= growth['embedding_bag'])}"
+    best = lambda x, name: x["ms"][name]["min"]
+    per_read = {  # the search scores 2*P sub-keys per token: the square root of the slots
+        "embedding_bag": lambda x: best(x, "embedding_bag"),
+        "value_gather": lambda x: best(x, "value_gather"),
+        "chunk_scan_ but for its search": lambda x: best(x, "chunk_scan_") - best(x, "of it product_key_topk"),
+    }
+    first, *_, last = report["reads"].values() if len(report["reads"]) > 1 else [*report["reads"].values()] * 2
+    growth = {name: of(last) / of(first) for name, of in per_read.items()}
+    bag = growth.pop("embedding_bag")
+    for name, times in growth.items():
+        text = f"{times:.2f}x from the smallest to the largest P, embedding_bag {bag:.2f}x"
+        yield f"{name}: {text}; goal no more {verdict(times <= bag)}"
     for score in ("dot", "idw"):
         top = search[f"product_key_topk, {score}"]["min"]
         gemm, eager = top / search["gemm"]["min"], search[f"matmul + topk + combine, {score}"]["min"] / top
