@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import fwpkm_cuda
 from bench import release
 from bench.dense_baseline import dense_scan
-from bench.timing import machine, milliseconds, peak_resident_bytes, resident_bytes
+from bench.timing import machine, milliseconds, milliseconds_in_turn, peak_resident_bytes, resident_bytes
 
 C, R, K, V = 512, 8, 512, 512
 CONTESTANTS = ("ours in place", "ours", "dense baseline", "release")
@@ -114,10 +114,8 @@ def measure_reads(T, P, repeats):
     weights = torch.rand(T, R, generator=draw)
     bag = lambda: F.embedding_bag(indices, values, per_sample_weights=weights, mode="sum")
     torch.testing.assert_close(fwpkm_cuda.value_gather(values, indices, weights), bag(), rtol=1e-4, atol=1e-4)
-    result = {
-        "value_gather": milliseconds(lambda: fwpkm_cuda.value_gather(values, indices, weights), 3 * repeats, 3),
-        "embedding_bag": milliseconds(bag, 3 * repeats, 3),
-    }
+    gather = lambda: fwpkm_cuda.value_gather(values, indices, weights)
+    result = milliseconds_in_turn({"value_gather": gather, "embedding_bag": bag}, 30 * repeats, 3)
     for grad, sparse in (("dense", False), ("sparse", True)):
         leaf = values.clone().requires_grad_()
         peer = lambda s=sparse, v=leaf: F.embedding_bag(indices, v, mode="sum", sparse=s).sum().backward()
@@ -129,11 +127,21 @@ def measure_reads(T, P, repeats):
     scan = lambda: fwpkm_cuda.chunk_scan_(values, sub_keys, query, target, gate, **options)
     result["chunk_scan_"] = milliseconds(scan, repeats)
     result["of it product_key_topk"] = milliseconds(lambda: fwpkm_cuda.product_key_topk(query, sub_keys, R), repeats)
+    result["embedding_bag and index_add_"] = milliseconds(
+        lambda: bag_and_index_add(values, indices, weights, target), repeats
+    )
     before = values.clone()
     scan = fwpkm_cuda.chunk_scan_(values, sub_keys, query, target, gate, **options)
     changed = int((values != before).any(-1).sum())
     assert changed <= scan.indices.unique().numel(), "a row that was not read has changed"
     return {"ms": result, "rows_changed": changed, "rows": P * P, "reads": T * R}
+
+
+def bag_and_index_add(values, indices, weights, target):
+    """The traffic of a scan with nothing else to it: a chunk reads its rows, then its tokens add a vector to theirs."""
+    for ids, factors, rows in zip(indices.split(C), weights.split(C), target[0].split(C)):
+        F.embedding_bag(ids, values, per_sample_weights=factors, mode="sum")
+        values.index_add_(0, ids.flatten(), rows.repeat_interleave(R, 0), alpha=1e-6)
 
 
 def measure_search(T, P, repeats):
@@ -180,7 +188,7 @@ def run(options):
                     report["scans"][f"{name}, {mode}, {score}"] = result
     for length in (C, T) if options.quick else LENGTHS:
         for name, mode in (("ours in place", "eval"), ("ours", "train")):
-            result = process(name, mode, "dot", length, P, min(5, repeats))
+            result = process(name, mode, "dot", length, P, repeats)
             report["per_token"][f"{name}, {mode}, T={length}"] = 1e3 * result["ms"]["min"] / length
     torch.set_num_threads(options.threads)
     for grid in (64, 128) if options.quick else GRIDS:
@@ -236,17 +244,19 @@ def goals(report):
         ratio = x["ms"]["embedding_bag"]["min"] / x["ms"]["value_gather"]["min"]
         yield f"{grid}: value_gather {ratio:.2f}x as fast as embedding_bag; goal 1 {verdict(ratio >= 1)}"
     best = lambda x, name: x["ms"][name]["min"]
-    per_read = {  # the search scores 2*P sub-keys per token: the square root of the slots
-        "embedding_bag": lambda x: best(x, "embedding_bag"),
-        "value_gather": lambda x: best(x, "value_gather"),
-        "chunk_scan_ but for its search": lambda x: best(x, "chunk_scan_") - best(x, "of it product_key_topk"),
-    }
+    # More slots mean more distinct rows, and fewer found in a cache: a peer with the same traffic shows how much that is.
+    # The search scores 2*P sub-keys per token: the square root of the slots.
+    per_read = {name: lambda x, name=name: best(x, name) for name in ("embedding_bag", "embedding_bag and index_add_")}
+    per_read["value_gather"] = lambda x: best(x, "value_gather")
+    per_read["chunk_scan_ but for its search"] = lambda x: best(x, "chunk_scan_") - best(x, "of it product_key_topk")
     first, *_, last = report["reads"].values() if len(report["reads"]) > 1 else [*report["reads"].values()] * 2
     growth = {name: of(last) / of(first) for name, of in per_read.items()}
-    bag = growth.pop("embedding_bag")
-    for name, times in growth.items():
-        text = f"{times:.2f}x from the smallest to the largest P, embedding_bag {bag:.2f}x"
-        yield f"{name}: {text}; goal no more {verdict(times <= bag)}"
+    for name, peer in (
+        ("value_gather", "embedding_bag"),
+        ("chunk_scan_ but for its search", "embedding_bag and index_add_"),
+    ):
+        text = f"{growth[name]:.2f}x from the smallest to the largest P, {peer} {growth[peer]:.2f}x"
+        yield f"{name}: {text}; goal no more {verdict(growth[name] <= growth[peer])}"
     for score in ("dot", "idw"):
         top = search[f"product_key_topk, {score}"]["min"]
         gemm, eager = top / search["gemm"]["min"], search[f"matmul + topk + combine, {score}"]["min"] / top

@@ -11,15 +11,20 @@ import time
 
 def milliseconds(function, repeats=9, warm_up=1):
     """{"min", "median", "max", "repeats"} of the wall time of function(), in ms."""
-    for _ in range(warm_up):
-        function()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        function()
-        times.append(1e3 * (time.perf_counter() - start))
-    times.sort()
-    return {"min": times[0], "median": times[len(times) // 2], "max": times[-1], "repeats": repeats}
+    return milliseconds_in_turn({"": function}, repeats, warm_up)[""]
+
+
+def milliseconds_in_turn(functions, repeats=9, warm_up=1):
+    """{name: `milliseconds`} of functions called in turn, so that a machine that changes its pace changes it for all."""
+    times = {name: [] for name in functions}
+    for i in range(warm_up + repeats):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            if i >= warm_up:
+                times[name].append(1e3 * (time.perf_counter() - start))
+    summary = lambda t: {"min": t[0], "median": t[len(t) // 2], "max": t[-1], "repeats": repeats}
+    return {name: summary(sorted(t)) for name, t in times.items()}
 
 
 def resident_bytes():

@@ -61,7 +61,7 @@ class BackwardScan {
     // One gradient row per distinct slot at most; memory that is never written is never taken.
     const int64_t most = std::min(s_.slots, s_.batch * s_.tokens * view_.reads);
     const int64_t bytes = std::max<int64_t>(most, 1) * s_.width * sizeof(T);
-    drows_ = {static_cast<T*>(map_zeros(bytes)), Unmap{bytes}};
+    drows_ = {static_cast<T*>(FreePages::instance().take(bytes)), GivePages{bytes}};
   }
 
   void run() {
@@ -312,6 +312,8 @@ class BackwardScan {
           const RowState& state = row_step_[id - 1];
           k_.scaled(drows_.get() + (id - 1) * s_.width, std::pow(T(o_.keep()), T(state.step)), 1, s_.width, row);
           id = 0;
+        } else {
+          std::fill_n(row, s_.width, T(0));
         }
       }
     }
@@ -335,9 +337,9 @@ class BackwardScan {
   const RowReader<T> rows_;
   KeyGradients<T> keys_;
   OrderedLists slot_lists_;
-  ZeroedTable row_id_;               // slot -> its gradient row + 1
-  std::unique_ptr<T, Unmap> drows_;  // [distinct slots, V]
-  std::vector<RowState> row_step_;   // of each gradient row
+  ZeroedTable row_id_;                   // slot -> its gradient row + 1
+  std::unique_ptr<T, GivePages> drows_;  // [distinct slots, V]
+  std::vector<RowState> row_step_;       // of each gradient row
   // of the current step
   std::vector<int32_t> slots_, group_of_read_;  // [m, H, R]
   std::vector<const T*> g_rows_;                // [groups]

@@ -37,7 +37,7 @@ FullResult chunk_scan_cpu(const Tensor& values, const Tensor& sub_keys, const Te
   const auto type = values.scalar_type();
   ScanOutputs r = read_outputs(s, o, in.values, type);
   const SavedSizes z = saved_sizes(s, o);
-  r.new_rows = make_zero_pages(in.values, {z.places, s.width}, type);
+  r.new_rows = make_pages(in.values, {z.places, s.width}, type);
   r.new_slots = make(in.values, {z.places}, ScalarType::Int);
   r.new_sub_keys = make(in.values, {s.keys.heads, 2, s.keys.sub_keys, s.keys.half_width}, type);
   r.list_indices = make(in.values, {z.tokens, s.keys.heads, 2, s.topk}, ScalarType::Int);
@@ -45,7 +45,7 @@ FullResult chunk_scan_cpu(const Tensor& values, const Tensor& sub_keys, const Te
   r.places = make(in.values, {z.tokens, s.keys.heads, s.topk}, ScalarType::Int);
   r.read_from = make(in.values, {z.tokens, s.keys.heads, s.topk}, ScalarType::Int);
   r.key_versions = make(in.values, {z.key_versions, s.keys.half_width}, type);
-  r.open_rows = make_zero_pages(in.values, {z.open_rows, (s.width + 7) / 8}, ScalarType::Byte);
+  r.open_rows = make_zeros(in.values, {z.open_rows, (s.width + 7) / 8}, ScalarType::Byte);
   r.open_keys =
       make(in.values, {z.open_keys, s.keys.heads, 2, s.keys.sub_keys, (s.keys.half_width + 7) / 8}, ScalarType::Byte);
   dispatch_memory(in.values, [&](auto t) { ForwardScan<decltype(t)>(in, s, o, r, false).run(); });

@@ -77,7 +77,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> chunk_scan_backward_c
                             make_zeros(in.values, {loss_weights ? s.batch : 0, s.length}, type),
                             make_zeros(in.values, key_shape, type),
                             make(in.values, {reads}, ScalarType::Long),
-                            make_zero_pages(in.values, {reads, s.width}, type)};
+                            make_pages(in.values, {reads, s.width}, type)};
   const SavedScan saved{new_rows,  new_sub_keys, list_indices, list_scores, places,
                         read_from, key_versions, open_rows,    open_keys};
   dispatch_memory(in.values,

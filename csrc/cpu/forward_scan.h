@@ -16,7 +16,7 @@ namespace fwpkm {
 
 struct ScanOutputs {
   Tensor out, indices, weights, losses, addressing_loss;
-  Tensor new_rows, new_slots, new_sub_keys;  // new_rows: zeros at first
+  Tensor new_rows, new_slots, new_sub_keys;
   Tensor list_indices, list_scores, places, read_from, key_versions, open_rows, open_keys;
 };
 
@@ -244,6 +244,8 @@ class ForwardScan {
                          if (newest_[group.key]) new_slots[newest_[group.key] - 1] = -1;
                          new_slots[place] = group.key;
                          newest_[group.key] = int32_t(place) + 1;
+                         for (int32_t i = lists_.next(group.first); i >= 0; i = lists_.next(i))
+                           std::fill_n(log_ + (offset + i) * s_.width, s_.width, T(0));
                        });
   }
 
