@@ -7,6 +7,7 @@ checked against `fwpkm_cuda.reference` or its peer first, and is given the same 
 runs; memory is the highest resident size above what the inputs and the memory took.
 """
 
+import itertools
 import json
 import subprocess
 import sys
@@ -34,15 +35,16 @@ def make(T, P, seed=0, width=V):
 
 
 # -------------------------------------------------------------------------------------- one contestant, one process
-def contestant(name, mode, score, T, P, release_dir):
-    """() -> out: one call of it, forward only or with the backward pass of (out * r).sum()"""
-    values, sub_keys, query, target, gate = make(T, P)
+def contestant(name, mode, score, T, P, release_dir, calls=1):
+    """() -> out: one call of it for T tokens, forward only or with the backward pass of (out * r).sum().
+
+    With `calls` it goes round so many different inputs."""
+    values, sub_keys, *tokens = make(T * calls, P)
     options = dict(topk=R, chunk_size=C, score=score)
-    if mode == "train":
-        query, target, gate = (x.requires_grad_() for x in (query, target, gate))
+    inputs = itertools.cycle([[x.contiguous() for x in call] for call in zip(*(t.split(T, 1) for t in tokens))])
     module = release.make(release_dir, values, sub_keys, R, score).train(mode == "train") if name == "release" else None
 
-    def forward():
+    def forward(query, target, gate):
         if name == "ours in place":
             return fwpkm_cuda.chunk_scan_(values, sub_keys, query, target, gate, write_rule="release", **options).out
         if name == "ours":
@@ -60,13 +62,13 @@ def contestant(name, mode, score, T, P, release_dir):
     def call():
         if mode == "eval":
             with torch.no_grad():
-                out = forward()
+                out = forward(*next(inputs))
                 forward.commit()
             return out
-        out = forward()
+        query, target, gate = (x.detach().requires_grad_() for x in next(inputs))
+        out = forward(query, target, gate)
         (out * target.detach()).sum().backward()
         forward.commit()
-        query.grad = target.grad = gate.grad = None
         return out.detach()
 
     return call
@@ -84,17 +86,21 @@ def check(call, score, T, P):
     return error
 
 
-def measure_one(name, mode, score, T, P, repeats, release_dir, threads):
-    """Of this process: times and memory of one contestant."""
+def measure_one(name, mode, score, T, P, calls, repeats, release_dir, threads):
+    """Of this process: times and memory of one contestant; a time is that of `calls` calls, each of other tokens."""
     torch.set_num_threads(threads)
     error = check(
         contestant(name, mode, score, min(T, 2 * C), min(P, 128), release_dir), score, min(T, 2 * C), min(P, 128)
     )
-    call = contestant(name, mode, score, T, P, release_dir)
+    call = contestant(name, mode, score, T, P, release_dir, calls)
     before = resident_bytes()
     call()
     peak = max(0, peak_resident_bytes() - before)
-    return {"ms": milliseconds(call, repeats, warm_up=0), "peak_bytes": peak, "error": error}
+    return {
+        "ms": milliseconds(lambda: [call() for _ in range(calls)], repeats, warm_up=0),
+        "peak_bytes": peak,
+        "error": error,
+    }
 
 
 def in_a_process(*arguments):
@@ -184,12 +190,13 @@ def run(options):
             for name in names:
                 if (name, mode) != ("ours in place", "train"):
                     slow = name in ("dense baseline", "release")
-                    result = process(name, mode, score, T, P, min(3, repeats) if slow else repeats)
+                    result = process(name, mode, score, T, P, 1, min(3, repeats) if slow else repeats)
                     report["scans"][f"{name}, {mode}, {score}"] = result
-    for length in (C, T) if options.quick else LENGTHS:
+    lengths = (C, T) if options.quick else LENGTHS
+    for length in lengths:  # the same tokens, cut into more or fewer calls: else a short call finds its rows in a cache
         for name, mode in (("ours in place", "eval"), ("ours", "train")):
-            result = process(name, mode, "dot", length, P, repeats)
-            report["per_token"][f"{name}, {mode}, T={length}"] = 1e3 * result["ms"]["min"] / length
+            result = process(name, mode, "dot", length, P, lengths[-1] // length, repeats)
+            report["per_token"][f"{name}, {mode}, T={length}"] = 1e3 * result["ms"]["min"] / lengths[-1]
     torch.set_num_threads(options.threads)
     for grid in (64, 128) if options.quick else GRIDS:
         report["reads"][f"P={grid}"] = measure_reads(T, grid, repeats)
@@ -244,7 +251,7 @@ def goals(report):
         ratio = x["ms"]["embedding_bag"]["min"] / x["ms"]["value_gather"]["min"]
         yield f"{grid}: value_gather {ratio:.2f}x as fast as embedding_bag; goal 1 {verdict(ratio >= 1)}"
     best = lambda x, name: x["ms"][name]["min"]
-    # More slots mean more distinct rows, and fewer found in a cache: a peer with the same traffic shows how much that is.
+    # More slots mean more distinct rows, fewer of them in a cache: a peer with the same traffic shows how much that is.
     # The search scores 2*P sub-keys per token: the square root of the slots.
     per_read = {name: lambda x, name=name: best(x, name) for name in ("embedding_bag", "embedding_bag and index_add_")}
     per_read["value_gather"] = lambda x: best(x, "value_gather")

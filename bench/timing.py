@@ -15,7 +15,7 @@ def milliseconds(function, repeats=9, warm_up=1):
 
 
 def milliseconds_in_turn(functions, repeats=9, warm_up=1):
-    """{name: `milliseconds`} of functions called in turn, so that a machine that changes its pace changes it for all."""
+    """{name: `milliseconds`} of functions called in turn: a machine that changes its pace changes it for all."""
     times = {name: [] for name in functions}
     for i in range(warm_up + repeats):
         for name, function in functions.items():

@@ -40,7 +40,7 @@ def test_the_dense_baseline_is_the_reference(score, train, monkeypatch):
 
 
 def test_one_contestant_is_measured_in_a_process():
-    case = json.dumps(["ours", "train", "dot", 64, 16, 2, None, 1])
+    case = json.dumps(["ours", "train", "dot", 64, 16, 3, 2, None, 1])
     command = [sys.executable, "-m", "bench", "cpu", "--one", case]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     result = json.loads(done.stdout.splitlines()[-1])
