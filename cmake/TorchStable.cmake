@@ -1,5 +1,6 @@
 # Target torch_stable: two header folders and one soname are all that is used of PyTorch. find_package(Torch) would want
 # the whole CUDA toolkit and add flags that the stable ABI exists to avoid.
+set(FWPKM_TORCH_TARGET 0x020b000000000000 CACHE STRING "Oldest PyTorch the library must load in (2.11)")
 if(NOT FWPKM_TORCH_DIR)
   fwpkm_python_package(FWPKM_TORCH_DIR torch)
 endif()

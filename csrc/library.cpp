@@ -39,4 +39,8 @@ STABLE_TORCH_LIBRARY(fwpkm, m) {
         ") -> (Tensor out, Tensor indices, Tensor weights, Tensor losses, Tensor addressing_loss)");
   m.def("commit_(Tensor(a!) values, Tensor(b!) sub_keys, Tensor new_rows, Tensor new_slots, Tensor new_sub_keys, "
         "float keep=1.0, int writes=0) -> ()");
+
+  // What kernels have reported on the device of a tensor since the last call: bits of kernels/errors.cuh. Waits for
+  // them.
+  m.def("take_errors(Tensor device) -> int");
 }

@@ -1,13 +1,25 @@
-// Where CUDA work of an operator goes: the device of its tensors and PyTorch's current stream there. For csrc/cuda.
+// Where CUDA work of an operator goes: the device of its tensors and PyTorch's current stream there; and the dispatch
+// key under which it registers. For csrc/cuda, whose files nvcc compiles for the GPU. The tests compile the same files
+// with the host compiler (kernels/simt.cuh): device memory is the host's there, the key CPU, and a launch ends with its
+// kernel.
 #pragma once
-#include <cuda_runtime.h>
-#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
 
 #include "binding/checks.h"
+#include "kernels/simt.cuh"
+
+#ifdef __CUDACC__
+#include <torch/csrc/stable/accelerator.h>
+
+// FWPKM_CUDA_LIBRARY_IMPL(m) { m.impl(...); } registers CUDA operators.
+#define FWPKM_CUDA_LIBRARY_IMPL(m) STABLE_TORCH_LIBRARY_IMPL(fwpkm, CUDA, m)
 
 // Lives in libtorch_cuda.so alone. Weak: the library must load in a PyTorch without CUDA, where there are no CUDA
 // tensors and nobody calls it.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+#else
+#define FWPKM_CUDA_LIBRARY_IMPL(m) STABLE_TORCH_LIBRARY_IMPL(fwpkm, CPU, m)
+#endif
 
 namespace fwpkm {
 
@@ -15,6 +27,7 @@ inline void check_cuda(cudaError_t error, const char* what) {
   STD_TORCH_CHECK(error == cudaSuccess, what, ": CUDA error: ", cudaGetErrorString(error));
 }
 
+#ifdef __CUDACC__
 // While it lives the device of `t` is the current one.
 class CudaScope {
  public:
@@ -30,5 +43,12 @@ class CudaScope {
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_ = nullptr;
 };
+#else
+class CudaScope {
+ public:
+  explicit CudaScope(const Tensor&) {}
+  cudaStream_t stream() const { return nullptr; }
+};
+#endif
 
 }  // namespace fwpkm

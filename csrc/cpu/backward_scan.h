@@ -15,20 +15,9 @@
 #include "cpu/key_gradients.h"
 #include "cpu/pages.h"
 #include "cpu/scan.h"
+#include "ops/chunk_scan_backward.h"
 
 namespace fwpkm {
-
-struct ScanGradients {  // of the outputs; absent = zero
-  std::optional<Tensor> out, weights, losses, addressing_loss, new_rows, new_sub_keys;
-};
-
-struct SavedScan {
-  Tensor new_rows, new_sub_keys, list_indices, list_scores, places, read_from, key_versions, open_rows, open_keys;
-};
-
-struct ScanInputGradients {
-  Tensor query, target, loss_weights, sub_keys, value_slots, value_rows;
-};
 
 template <typename T>
 const T* pointer(const std::optional<Tensor>& t) {

@@ -6,31 +6,10 @@
 namespace fwpkm {
 namespace {
 
-// A saved tensor must be what chunk_scan returned for these inputs and options: shape, dtype, and numbers in range.
-void check_saved(const Tensor& t, std::vector<int64_t> shape, ScalarType type, const char* name) {
-  check_dtype(t, type, name, "as chunk_scan returned it");
-  bool same = t.dim() == int64_t(shape.size()) && t.is_contiguous();
-  for (int64_t d = 0; same && d < t.dim(); ++d) same = t.size(d) == shape[d];
-  STD_TORCH_CHECK(same, name, ": expected the tensor that chunk_scan returned for these inputs and options, got shape ",
-                  shape_string(t));
-}
-
 void check_range(const Tensor& t, int64_t low, int64_t high, const char* name) {
   const int32_t* p = t.const_data_ptr<int32_t>();
   for (int64_t i = 0; i < t.numel(); ++i)
     STD_TORCH_CHECK(p[i] >= low && p[i] < high, name, ": expected numbers in [", low, ", ", high, "), got ", p[i]);
-}
-
-// A gradient of an output: on the CPU, of the output's shape; prepared for use.
-std::optional<Tensor> gradient(const std::optional<Tensor>& t, std::vector<int64_t> shape, ScalarType type,
-                               const char* name) {
-  if (!t) return std::nullopt;
-  bool same = t->dim() == int64_t(shape.size());
-  for (int64_t d = 0; same && d < t->dim(); ++d) same = t->size(d) == shape[d];
-  STD_TORCH_CHECK(same && t->is_cpu(), name, ": expected a CPU tensor of the shape of the output, got shape ",
-                  shape_string(*t));
-  check_activation_dtype(*t, type, name);
-  return prepared(*t, type);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> chunk_scan_backward_cpu(
@@ -48,38 +27,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> chunk_scan_backward_c
                          write_rule, values_only, addressing_weight, boundary, carried, flush);
   const ScanSizes s = check_scan(values, sub_keys, query, target, loss_weights, mask, o);
   const SavedSizes z = saved_sizes(s, o);
-  const auto type = values.scalar_type();
-  const int64_t heads = s.keys.heads, own = s.length - o.carried, half = s.keys.half_width;
-  const std::vector<int64_t> key_shape{heads, 2, s.keys.sub_keys, half};
-  check_saved(new_rows, {z.places, s.width}, type, "new_rows");
-  check_saved(new_sub_keys, key_shape, type, "new_sub_keys");
-  check_saved(list_indices, {z.tokens, heads, 2, s.topk}, ScalarType::Int, "list_indices");
-  check_saved(list_scores, {z.tokens, heads, 2, s.topk}, type, "list_scores");
-  check_saved(places, {z.tokens, heads, s.topk}, ScalarType::Int, "places");
-  check_saved(read_from, {z.tokens, heads, s.topk}, ScalarType::Int, "read_from");
-  check_saved(key_versions, {z.key_versions, half}, type, "key_versions");
-  check_saved(open_rows, {z.open_rows, (s.width + 7) / 8}, ScalarType::Byte, "open_rows");
-  check_saved(open_keys, {z.open_keys, heads, 2, s.keys.sub_keys, (half + 7) / 8}, ScalarType::Byte, "open_keys");
+  const SavedScan saved{new_rows,  new_sub_keys, list_indices, list_scores, places,
+                        read_from, key_versions, open_rows,    open_keys};
+  check_saved(saved, values, s, z);
   check_range(list_indices, 0, s.keys.sub_keys, "list_indices");
   check_range(places, 0, s.topk * s.topk, "places");
   check_range(read_from, -1, z.places, "read_from");
 
-  const ScanGradients grads{gradient(dout, {s.batch, own, s.width}, type, "dout"),
-                            gradient(dweights, {s.batch, own, heads, s.topk}, type, "dweights"),
-                            gradient(dlosses, {s.batch, s.pairs}, type, "dlosses"),
-                            gradient(daddressing_loss, {s.writes}, type, "daddressing_loss"),
-                            gradient(dnew_rows, {z.places, s.width}, type, "dnew_rows"),
-                            gradient(dnew_sub_keys, key_shape, type, "dnew_sub_keys")};
+  const ScanGradients grads = prepared_gradients({dout, dweights, dlosses, daddressing_loss, dnew_rows, dnew_sub_keys},
+                                                 values, s, z, o.carried);
   const auto in = ScanInputs::prepare(values, sub_keys, query, target, loss_weights, mask);
-  const int64_t reads = need_dvalues ? z.tokens * s.reads_per_token() : 0;
+  const auto type = values.scalar_type();
+  const int64_t heads = s.keys.heads, reads = need_dvalues ? z.tokens * s.reads_per_token() : 0;
   ScanInputGradients result{make_zeros(in.values, {s.batch, s.length, heads, s.keys.key_dim()}, type),
                             make_zeros(in.values, {s.batch, s.length, s.width}, type),
                             make_zeros(in.values, {loss_weights ? s.batch : 0, s.length}, type),
-                            make_zeros(in.values, key_shape, type),
+                            make_zeros(in.values, {heads, 2, s.keys.sub_keys, s.keys.half_width}, type),
                             make(in.values, {reads}, ScalarType::Long),
                             make_pages(in.values, {reads, s.width}, type)};
-  const SavedScan saved{new_rows,  new_sub_keys, list_indices, list_scores, places,
-                        read_from, key_versions, open_rows,    open_keys};
   dispatch_memory(in.values,
                   [&](auto t) { BackwardScan<decltype(t)>(in, s, o, saved, grads, need_dvalues, result).run(); });
   return {prepared(result.query, query.scalar_type()),

@@ -66,12 +66,38 @@ const char* capability() { return chosen().name; }
 
 FWPKM_API const char* fwpkm_cpu_capability() { return fwpkm::vector::capability(); }
 
+namespace {
+
+// The limits of csrc/cuda/scan.h; packs and lists of csrc/kernels/warp.cuh and best_list.cuh.
+const char* kernel_on_cuda([[maybe_unused]] const std::string& name, [[maybe_unused]] bool is_double,
+                           [[maybe_unused]] int64_t topk, [[maybe_unused]] int64_t key_dim,
+                           [[maybe_unused]] int64_t value_dim) {
+#ifdef FWPKM_WITH_CUDA
+  static thread_local std::string answer;
+  const bool searches = name != "value_gather" && name != "commit_" && key_dim > 0;
+  if (searches && topk > 128) return "none: topk is at most 128 on CUDA";
+  const auto rows = [&](int64_t width) {
+    return width % (is_double ? 2 : 4) ? "single elements" : "packs of 16 bytes";
+  };
+  answer = std::string("cuda/simt: ") + (is_double ? "float64" : "float32");
+  if (searches)
+    answer += std::string(", half keys in ") + rows(key_dim / 2) + ", lists of " + (topk <= 32 ? "1" : "4") +
+              " registers a lane";
+  if (name != "product_key_topk" && value_dim > 0) answer += std::string(", value rows in ") + rows(value_dim);
+  return answer.c_str();
+#else
+  return "none: this build has no CUDA kernels";
+#endif
+}
+
+}  // namespace
+
 FWPKM_API const char* fwpkm_kernel_for(const char* op, const char* device, const char* dtype, int64_t topk,
                                        int64_t num_sub_keys, int64_t key_dim, int64_t value_dim) {
   static thread_local std::string answer;
   const std::string name(op ? op : "");
-  if (!device || std::strcmp(device, "cpu") != 0) return "none: no CUDA kernel yet";
   const bool is_double = dtype && !std::strcmp(dtype, "float64");
+  if (!device || std::strcmp(device, "cpu") != 0) return kernel_on_cuda(name, is_double, topk, key_dim, value_dim);
   const int64_t lanes = is_double ? 8 : 16;
   const auto rows = [&](int64_t width) {
     return std::to_string(width / lanes) + " vectors" +

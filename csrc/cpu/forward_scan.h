@@ -14,12 +14,6 @@
 
 namespace fwpkm {
 
-struct ScanOutputs {
-  Tensor out, indices, weights, losses, addressing_loss;
-  Tensor new_rows, new_slots, new_sub_keys;
-  Tensor list_indices, list_scores, places, read_from, key_versions, open_rows, open_keys;
-};
-
 template <typename T>
 class ForwardScan {
  public:

@@ -54,23 +54,13 @@ std::tuple<Tensor, Tensor> product_key_topk_cpu(const Tensor& query, const Tenso
 std::tuple<Tensor, Tensor> product_key_topk_backward_cpu(const Tensor& dscores, const Tensor& query,
                                                          const Tensor& sub_keys, const Tensor& indices,
                                                          std::string score, double eps) {
-  const ProductKeySizes s = check_sub_keys(sub_keys);
-  check_query(query, sub_keys, s);
-  check_eps(eps);
-  check_dtype(indices, ScalarType::Int, "indices", "as product_key_topk returns them");
-  check_per_read(dscores, indices, sub_keys, "dscores", "sub_keys");
+  const ProductKeySizes s = check_product_key_topk_backward(dscores, query, sub_keys, indices, eps);
   const bool idw = parse_score(score) == Score::kIdw;
   const auto type = sub_keys.scalar_type();
-  const int64_t topk = indices.size(indices.dim() - 1), heads = s.heads, half = s.half_width, reads = heads * topk;
-  check_topk(topk, s);
-  bool same = indices.dim() == query.dim();
-  for (int64_t i = 0; same && i + 1 < indices.dim(); ++i) same = indices.size(i) == query.size(i);
-  STD_TORCH_CHECK(same,
-                  "indices, query: expected (..., H, R) and (..., H, K) of the same leading dimensions, got shapes ",
-                  shape_string(indices), " and ", shape_string(query));
+  const int64_t topk = reads_of(indices), heads = s.heads, half = s.half_width, reads = heads * topk;
   const Tensor d = prepared(dscores, type), q = prepared(query, type), k = prepared(sub_keys, type),
                ids = prepared(indices, ScalarType::Int);
-  const int64_t tokens = reads ? d.numel() / reads : 0;
+  const int64_t tokens = d.numel() / reads;
   const int32_t* ip = ids.const_data_ptr<int32_t>();
   for (int64_t i = 0; i < ids.numel(); ++i)
     STD_TORCH_CHECK(ip[i] >= 0 && ip[i] < s.sub_keys * s.sub_keys, "indices: expected slots in [0, ",

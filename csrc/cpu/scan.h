@@ -1,32 +1,18 @@
-// What the forward and the backward pass of a scan share on the CPU: inputs, versions of rows, address terms.
+// What the forward and the backward pass of a scan share on the CPU: views, versions of rows, address terms.
 #pragma once
 #include <atomic>
 #include <cmath>
 #include <vector>
 
 #include "binding/dispatch.h"
-#include "binding/tensors.h"
 #include "cpu/ordered_lists.h"
 #include "cpu/product_key.h"
 #include "cpu/vector.h"
-#include "ops/chunk_scan.h"
+#include "ops/scan_tensors.h"
 
 namespace fwpkm {
 
-// The tensor arguments, contiguous, activations in the dtype of the memory.
-struct ScanInputs {
-  Tensor values, sub_keys, query, target;
-  std::optional<Tensor> loss_weights, mask;
-
-  static ScanInputs prepare(const Tensor& values, const Tensor& sub_keys, const Tensor& query, const Tensor& target,
-                            const std::optional<Tensor>& loss_weights, const std::optional<Tensor>& mask) {
-    const auto type = values.scalar_type();
-    return {prepared(values, type), prepared(sub_keys, type),     prepared(query, type),
-            prepared(target, type), prepared(loss_weights, type), prepared(mask, ScalarType::Bool)};
-  }
-};
-
-// Plain pointers to them, and the indexing.
+// Plain pointers to the inputs, and the indexing.
 template <typename T>
 struct ScanView {
   const ScanSizes& s;

@@ -4,8 +4,6 @@
 
 #include <limits>
 
-#include <torch/csrc/stable/library.h>
-
 #include "binding/dispatch.h"
 #include "binding/stream.h"
 #include "binding/tensors.h"
@@ -94,7 +92,7 @@ Tensor value_gather_dweights_cuda(const Tensor& dout, const Tensor& values, cons
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fwpkm, CUDA, m) {
+FWPKM_CUDA_LIBRARY_IMPL(m) {
   m.impl("value_gather", TORCH_BOX(&value_gather_cuda));
   m.impl("value_gather_dvalues", TORCH_BOX(&value_gather_dvalues_cuda));
   m.impl("value_gather_dweights", TORCH_BOX(&value_gather_dweights_cuda));

@@ -5,8 +5,10 @@
 
 namespace fwpkm::kernels {
 
-enum Error : unsigned {
+enum Error : unsigned {  // for people: check() in python/fwpkm_cuda/ops.py
   kIndexOutOfRange = 1,  // an index was not a slot; nothing was read or written there
+  kNotFinite = 2,        // scores, targets or rows were NaN or infinite; the token was left out of every write
+  kOverflow = 4,         // a write would have overflowed; 16 bytes of the row were not written
 };
 
 __device__ __forceinline__ void report(unsigned* errors, Error error) {

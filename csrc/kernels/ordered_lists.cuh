@@ -57,13 +57,13 @@ __device__ __forceinline__ int digit_of(int32_t key, int shift) { return (key >>
 
 // ----------------------------------------------------------------------------------------------------------- kernels
 // One thread per entry.
-template <typename Size, typename Index>
+template <typename Size, typename Keys>
 __global__ void __launch_bounds__(Size::kThreads)
-    checked_keys(const Index* __restrict__ keys, int32_t n, int32_t num_keys, int32_t* __restrict__ key,
-                 int32_t* __restrict__ entry, unsigned* errors) {
+    checked_keys(Keys keys, int32_t n, int32_t num_keys, int32_t* __restrict__ key, int32_t* __restrict__ entry,
+                 unsigned* errors) {
   const int64_t step = int64_t(gridDim.x) * Size::kThreads;
   for (int64_t i = int64_t(blockIdx.x) * Size::kThreads + threadIdx.x; i < n; i += step) {
-    const Index k = keys[i];
+    const auto k = keys[i];
     const bool valid = k >= 0 && k < num_keys;
     if (!valid) report(errors, kIndexOutOfRange);
     key[i] = valid ? int32_t(k) : num_keys;
@@ -180,10 +180,11 @@ __global__ void __launch_bounds__(Size::kThreads)
 }
 
 // ------------------------------------------------------------------------------------------------------------ launch
-// keys (n) in device memory, int32 or int64. The lists lie in `workspace` (ordered_lists_workspace(n) elements).
-// A key outside [0, num_keys) is reported in `errors`, and its entry belongs to no list.
-template <typename Size = OrderedListsSize, typename Index>
-cudaError_t build_ordered_lists(const Index* keys, int32_t n, int32_t num_keys, int32_t* workspace, unsigned* errors,
+// keys[i] on the device: an array, or a struct with that operator; int32 or int64. The lists lie in `workspace`
+// (ordered_lists_workspace(n) elements). A key outside [0, num_keys) is reported in `errors`, and its entry belongs to
+// no list.
+template <typename Size = OrderedListsSize, typename Keys>
+cudaError_t build_ordered_lists(Keys keys, int32_t n, int32_t num_keys, int32_t* workspace, unsigned* errors,
                                 cudaStream_t stream, OrderedLists* lists) {
   static_assert(Size::kThreads % 32 == 0);
   *lists = OrderedLists{n, num_keys, nullptr, nullptr, nullptr};
@@ -192,7 +193,7 @@ cudaError_t build_ordered_lists(const Index* keys, int32_t n, int32_t num_keys, 
   const unsigned scan_blocks = kDigits / (Size::kThreads / 32), one_per_entry = blocks_for<Size>(n, Size::kThreads);
   int32_t *key = workspace, *new_key = key + n, *entry = new_key + n, *new_entry = entry + n;
   int32_t *counts = new_entry + n, *totals = counts + int64_t(kDigits) * tiles;
-  cudaError_t error = simt::launch(checked_keys<Size, Index>, one_per_entry, Size::kThreads, stream, keys, n, num_keys,
+  cudaError_t error = simt::launch(checked_keys<Size, Keys>, one_per_entry, Size::kThreads, stream, keys, n, num_keys,
                                    key, entry, errors);
   for (int shift = 0; shift < 32 && (num_keys >> shift) > 0; shift += kDigitBits) {
     if (error == cudaSuccess)

@@ -1,11 +1,26 @@
 // One weighted sum of rows per ordered list, in a fixed order, however long the list is:
 //
-//   sum(list) = sum over its entries of factor(entry) * rows[row(entry)]
+//   sum(list) = sum over its entries of factor(entry) * row(entry),  or of factor(entry) * (row(entry) - minus(key))
 //
 // Order: a list is cut into pieces of 32 consecutive entries. The sum of a piece starts from zero and takes its entries
-// in order, one fused multiply-add each. Sums of pieces are then added in groups of 32 consecutive ones, in order, from
-// the first; so are the sums of groups, until one is left. The order depends on the length of the list alone, and a
-// list of 32 entries or fewer is a plain loop. A hot list is as parallel as many short ones.
+// in order, one fused multiply-add each; entries whose row is null are passed over. Sums of pieces are then added in
+// groups of 32 consecutive ones, in order, from the first; so are the sums of groups, until one is left. The order
+// depends on the length of the list alone, and a list of 32 entries or fewer is a plain loop. A hot list is as parallel
+// as many short ones.
+//
+// What is summed, and what becomes of a sum, is said by two structs that the kernels get by value:
+//
+//   struct Terms {
+//     const T* row(int32_t entry) const;   // or null
+//     T factor(int32_t entry) const;
+//     const T* minus(int32_t key) const;   // only with `static constexpr bool kMinus = true`
+//   };
+//   struct Output {
+//     bool wanted(const List&) const;      // false: nobody needs this sum
+//     // Called by all lanes of a warp for each part of a row, 16 bytes a lane; !inside: the lane is beyond the row.
+//     template <bool kAligned>
+//     void put(const List&, int64_t column, int64_t width, bool inside, const Pack<T>& sum) const;
+//   };
 #pragma once
 #include "kernels/ordered_lists.cuh"
 
@@ -24,9 +39,27 @@ inline int64_t ordered_sums_scratch(int32_t n, int64_t width) {
   return n > kPiece ? (n / (kPiece / 2) + 1) * width : 0;
 }
 
+struct List {
+  int32_t key, begin, first;  // its place, and its first entry
+};
+
+template <typename Terms>
+concept HasMinus = Terms::kMinus;
+
+// The plain output: row `key` of a table.
+template <typename T>
+struct StoreRows {
+  T* rows;
+  int64_t row_width;
+  __device__ bool wanted(const List&) const { return true; }
+  template <bool kAligned>
+  __device__ void put(const List& list, int64_t column, int64_t width, bool inside, const Pack<T>& sum) const {
+    if (inside) store_pack<kAligned>(rows + list.key * row_width, column, width, sum);
+  }
+};
+
 // ----------------------------------------------------------------------------------------------------------- kernels
 // One warp per place and part of the row; the warps of places where a piece begins have work.
-// Terms: rows, row(entry), factor(entry). Output: T* row(key, first entry), where a list's sum goes.
 template <typename Size, bool kAligned, typename T, typename Terms, typename Output>
 __global__ void __launch_bounds__(Size::kThreads)
     sum_pieces(OrderedLists lists, Terms terms, Output output, int64_t width, T* __restrict__ scratch) {
@@ -37,35 +70,46 @@ __global__ void __launch_bounds__(Size::kThreads)
     const int32_t key = lists.key[p], begin = lists.begin[p];
     if (key == lists.num_keys) return;  // no list here nor after it
     if ((p - begin) % kPiece) continue;
+    const List list{key, begin, lists.entry[begin]};
+    if (!output.wanted(list)) continue;
     const bool mine = p + lane < lists.n && lists.key[p + lane] == key;
     const int count = __popc(__ballot_sync(kFullWarp, mine));
     const bool only = p == begin && !(p + kPiece < lists.n && lists.key[p + kPiece] == key);
     const int32_t entry = mine ? lists.entry[p + lane] : 0;
-    const int32_t row = mine ? terms.row(entry) : 0;
+    const T* const row = mine ? terms.row(entry) : nullptr;
     const T factor = mine ? terms.factor(entry) : T(0);
-    T* const to =
-        only ? output.row(key, lists.entry[begin]) : scratch + scratch_row(begin, int32_t(p - begin) / kPiece) * width;
 
     constexpr int kColumns = 32 * Pack<T>::kSize;
     for (int64_t part = int64_t(threadIdx.y) * kColumns; part < width; part += int64_t(blockDim.y) * kColumns) {
       const int64_t column = part + lane * Pack<T>::kSize;
+      const bool inside = column < width;
+      [[maybe_unused]] Pack<T> minus;
+      if constexpr (HasMinus<Terms>)
+        if (inside) minus = load_pack<kAligned>(terms.minus(key), column, width);
       Pack<T> sum = filled_pack(T(0));
       for (int first = 0; first < count; first += kInFlight) {
         Pack<T> packs[kInFlight];
+        const T* rows[kInFlight];
         T factors[kInFlight];
 #pragma unroll
         for (int j = 0; j < kInFlight; ++j) {
           const int from = first + j < kPiece ? first + j : 0;
-          const int32_t its_row = __shfl_sync(kFullWarp, row, from);
+          rows[j] = reinterpret_cast<const T*>(__shfl_sync(kFullWarp, reinterpret_cast<unsigned long long>(row), from));
           factors[j] = __shfl_sync(kFullWarp, factor, from);
-          if (first + j < count && column < width)
-            packs[j] = load_pack<kAligned>(terms.rows + its_row * width, column, width);
+          if (first + j >= count || !inside) rows[j] = nullptr;
+          if (rows[j]) packs[j] = load_pack<kAligned>(rows[j], column, width);
         }
 #pragma unroll
-        for (int j = 0; j < kInFlight; ++j)
-          if (first + j < count && column < width) add_product(sum, factors[j], packs[j]);
+        for (int j = 0; j < kInFlight; ++j) {
+          if (!rows[j]) continue;
+          if constexpr (HasMinus<Terms>) subtract(packs[j], minus);
+          add_product(sum, factors[j], packs[j]);
+        }
       }
-      if (column < width) store_pack<kAligned>(to, column, width, sum);
+      if (only)
+        output.template put<kAligned>(list, column, width, inside, sum);
+      else if (inside)
+        store_pack<kAligned>(scratch + scratch_row(begin, int32_t(p - begin) / kPiece) * width, column, width, sum);
     }
   }
 }
@@ -87,17 +131,26 @@ __global__ void __launch_bounds__(Size::kThreads)
     }
     for (unsigned groups = __ballot_sync(kFullWarp, starts); groups; groups &= groups - 1) {
       const int32_t at = int32_t(window) + __ffs(groups) - 1, begin = lists.begin[at], key = lists.key[at];
+      const List list{key, begin, lists.entry[begin]};
+      if (!output.wanted(list)) continue;
       const int32_t pieces = (end_of_list(lists, key, at) - begin + kPiece - 1) / kPiece;
       const int32_t first = (at - begin) / kPiece;
       const bool last_level = pieces <= terms;
       T* const sums = scratch + scratch_row(begin, 0) * width;
-      T* const to = last_level ? output.row(key, lists.entry[begin]) : sums + first * width;
-      for (int64_t column = int64_t(threadIdx.y * 32 + lane) * Pack<T>::kSize; column < width;
-           column += int64_t(blockDim.y) * 32 * Pack<T>::kSize) {
-        Pack<T> sum = load_pack<kAligned>(sums + first * width, column, width);
-        for (int64_t j = 1; j < kPiece && first + j * stride < pieces; ++j)
-          add(sum, load_pack<kAligned>(sums + (first + j * stride) * width, column, width));
-        store_pack<kAligned>(to, column, width, sum);
+      constexpr int kColumns = 32 * Pack<T>::kSize;
+      for (int64_t part = int64_t(threadIdx.y) * kColumns; part < width; part += int64_t(blockDim.y) * kColumns) {
+        const int64_t column = part + lane * Pack<T>::kSize;
+        const bool inside = column < width;
+        Pack<T> sum = filled_pack(T(0));
+        if (inside) {
+          sum = load_pack<kAligned>(sums + first * width, column, width);
+          for (int64_t j = 1; j < kPiece && first + j * stride < pieces; ++j)
+            add(sum, load_pack<kAligned>(sums + (first + j * stride) * width, column, width));
+        }
+        if (last_level)
+          output.template put<kAligned>(list, column, width, inside, sum);
+        else if (inside)
+          store_pack<kAligned>(sums + first * width, column, width, sum);
       }
     }
   }

@@ -116,15 +116,9 @@ template <typename T>
 struct ReadTerms {
   const T *rows, *weights;  // dout, weights
   uint32_t reads;
-  __device__ int32_t row(int32_t entry) const { return int32_t(uint32_t(entry) / reads); }
-  __device__ T factor(int32_t entry) const { return weights[entry]; }
-};
-
-template <typename T>
-struct SlotRows {
-  T* rows;
   int64_t width;
-  __device__ T* row(int32_t slot, int32_t) const { return rows + slot * width; }
+  __device__ const T* row(int32_t entry) const { return rows + int64_t(uint32_t(entry) / reads) * width; }
+  __device__ T factor(int32_t entry) const { return weights[entry]; }
 };
 
 // dvalues comes as zeros; only the rows of slots that are read are written. N * R and S are below 2^31.
@@ -138,8 +132,8 @@ cudaError_t value_gather_dvalues(const T* dout, const Index* indices, const T* w
   const cudaError_t error = build_ordered_lists<Sorting>(indices, int32_t(tokens * reads), int32_t(num_slots),
                                                          workspace, errors, stream, &lists);
   if (error != cudaSuccess) return error;
-  return ordered_sums<Size>(lists, ReadTerms<T>{dout, weights, uint32_t(reads)}, SlotRows<T>{dvalues, width}, width,
-                            scratch, rows_are_packs<T>(width, dout, dvalues, scratch), stream);
+  return ordered_sums<Size>(lists, ReadTerms<T>{dout, weights, uint32_t(reads), width}, StoreRows<T>{dvalues, width},
+                            width, scratch, rows_are_packs<T>(width, dout, dvalues, scratch), stream);
 }
 
 }  // namespace fwpkm::kernels

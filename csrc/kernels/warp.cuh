@@ -6,9 +6,14 @@ namespace fwpkm::kernels {
 
 constexpr unsigned kFullWarp = 0xffffffffu;
 
-// How large a launch is. Results never depend on it; the tests take smaller ones, to get many blocks from little data.
+#ifndef FWPKM_THREADS
+#define FWPKM_THREADS 256  // the tests take fewer where each is a fiber
+#endif
+
+// How large a launch is. Results never depend on the number of blocks; kThreads is part of the order of a block_sum.
+// The tests take smaller ones, to get many blocks from little data.
 struct LaunchSize {
-  static constexpr int kThreads = 256;
+  static constexpr int kThreads = FWPKM_THREADS;
   static constexpr int kMaxBlocks = 1 << 20;  // more work than that: each block takes several items
 };
 
@@ -29,7 +34,7 @@ struct alignas(16) Pack {
 // The pack of a row that begins at `column`, which is a multiple of the pack's size. kAligned: rows are whole packs,
 // and addresses multiples of 16; else element by element, with zeros beyond the row.
 template <bool kAligned, typename T>
-__device__ __forceinline__ Pack<T> load_pack(const T* __restrict__ row, int64_t column, int64_t width) {
+__device__ __forceinline__ Pack<T> load_pack(const T* row, int64_t column, int64_t width) {
   if constexpr (kAligned) {
     return *reinterpret_cast<const Pack<T>*>(row + column);
   } else {
@@ -72,6 +77,12 @@ __device__ __forceinline__ void add(Pack<T>& sum, const Pack<T>& pack) {
   for (int j = 0; j < Pack<T>::kSize; ++j) sum.v[j] += pack.v[j];
 }
 
+template <typename T>
+__device__ __forceinline__ void subtract(Pack<T>& pack, const Pack<T>& other) {
+#pragma unroll
+  for (int j = 0; j < Pack<T>::kSize; ++j) pack.v[j] -= other.v[j];
+}
+
 // Whether every pointer is a multiple of 16 and every row whole packs.
 template <typename T, typename... Pointers>
 bool rows_are_packs(int64_t width, Pointers... pointers) {
@@ -94,6 +105,41 @@ __device__ __forceinline__ T warp_sum(T x) {
 #pragma unroll
   for (int distance = 16; distance; distance /= 2) x += __shfl_xor_sync(kFullWarp, x, distance);
   return x;
+}
+
+// Sum of x over the threads of a block of whole warps, the same in every thread: the warps' sums in turn. Threads are
+// numbered by threadIdx.x alone. `partial`: one element per warp in shared memory, for this call only.
+template <typename T>
+__device__ __forceinline__ T block_sum(T x, T* partial) {
+  x = warp_sum(x);
+  if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = x;
+  __syncthreads();
+  T sum = 0;
+  for (unsigned w = 0; w < blockDim.x / 32; ++w) sum += partial[w];
+  return sum;
+}
+
+template <typename T>
+__device__ __forceinline__ T warp_max(T x) {
+#pragma unroll
+  for (int distance = 16; distance; distance /= 2) {
+    const T other = __shfl_xor_sync(kFullWarp, x, distance);
+    if (other > x) x = other;
+  }
+  return x;
+}
+
+// p[0, n) = x
+template <typename Size, typename T>
+__global__ void __launch_bounds__(Size::kThreads) fill_kernel(T* __restrict__ p, int64_t n, T x) {
+  const int64_t step = int64_t(gridDim.x) * Size::kThreads;
+  for (int64_t i = int64_t(blockIdx.x) * Size::kThreads + threadIdx.x; i < n; i += step) p[i] = x;
+}
+
+template <typename Size = LaunchSize, typename T>
+cudaError_t fill(T* p, int64_t n, T x, cudaStream_t stream) {
+  if (n == 0) return cudaSuccess;
+  return simt::launch(fill_kernel<Size, T>, blocks_for<Size>(n, Size::kThreads), Size::kThreads, stream, p, n, x);
 }
 
 // The places of one row among the threads of a block: threadIdx.x is the lane, threadIdx.y the part of the row,

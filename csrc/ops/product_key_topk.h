@@ -2,7 +2,7 @@
 #pragma once
 #include <limits>
 
-#include "binding/checks.h"
+#include "ops/value_gather.h"
 
 namespace fwpkm {
 
@@ -54,6 +54,24 @@ inline void check_topk(int64_t topk, const ProductKeySizes& s) {
 inline void check_eps(double eps) {
   STD_TORCH_CHECK(eps > 0 && eps < std::numeric_limits<double>::infinity(),
                   "eps: expected a positive finite number, got ", eps);
+}
+
+// dscores and indices (..., H, R) of query (..., H, K)
+inline ProductKeySizes check_product_key_topk_backward(const Tensor& dscores, const Tensor& query,
+                                                       const Tensor& sub_keys, const Tensor& indices, double eps) {
+  const ProductKeySizes s = check_sub_keys(sub_keys);
+  check_query(query, sub_keys, s);
+  check_eps(eps);
+  check_dtype(indices, ScalarType::Int, "indices", "as product_key_topk returns them");
+  check_device(indices, sub_keys, "indices", "sub_keys");
+  check_per_read(dscores, indices, sub_keys, "dscores", "sub_keys");
+  bool same = indices.dim() == query.dim();
+  for (int64_t i = 0; same && i + 1 < indices.dim(); ++i) same = indices.size(i) == query.size(i);
+  STD_TORCH_CHECK(same,
+                  "indices, query: expected (..., H, R) and (..., H, K) of the same leading dimensions, got shapes ",
+                  shape_string(indices), " and ", shape_string(query));
+  check_topk(reads_of(indices), s);
+  return s;
 }
 
 }  // namespace fwpkm

@@ -1,0 +1,144 @@
+// Writing a chunk, the side of sub-keys: one gradient step on the addressing loss and, unless values_only, on the
+// memory loss.
+//
+//   sigma_l = d(loss) / d(score of list entry l)     alpha = slope sigma,  slope = d(score) / d(sub-key) over
+//   `difference` k_j <- keep k_j - lr clamp(sum over its entries of alpha (q - k_j))     idw;  alpha q for dot
+//
+// The entries of a sub-key are an ordered list, summed as ordered_sums.cuh says.
+#pragma once
+#include "kernels/addressing.cuh"
+
+namespace fwpkm::kernels {
+
+// sum of factor * (q - k) or, for dot, factor * q.
+template <typename T, bool kIdw>
+struct QueryTerms {
+  static constexpr bool kMinus = kIdw;
+  ScanView<T> view;
+  Chunk chunk;
+  const T *factors, *sub_keys;  // (m, H, 2, R), (H, 2, P, K/2)
+  __device__ const T* row(int32_t entry) const { return view.query_of(chunk, entry); }
+  __device__ T factor(int32_t entry) const { return factors[entry]; }
+  __device__ const T* minus(int32_t key) const { return sub_keys + key * view.half_width; }
+};
+
+template <typename T>
+struct NewKeys {
+  ScanView<T> view;
+  const T* sub_keys;
+  T* to;
+  uint8_t* open;  // (H, 2, P, (K/2 + 7) / 8), or null
+  unsigned* error_word;
+
+  __device__ bool wanted(const List&) const { return true; }
+  template <bool kAligned>
+  __device__ void put(const List& list, int64_t column, int64_t width, bool inside, const Pack<T>& sum) const {
+    constexpr int kPack = Pack<T>::kSize;
+    bool passes[kPack] = {}, finite = true;
+    if (inside) {
+      const Pack<T> old = load_pack<kAligned>(sub_keys + list.key * width, column, width);
+      Pack<T> decayed = old, key;
+#pragma unroll
+      for (int j = 0; j < kPack; ++j) {
+        bool fits;
+        if (view.decays()) decayed.v[j] *= view.keep;
+        key.v[j] = gradient_step(decayed.v[j], sum.v[j], view.lr, view.grad_clip, passes[j], fits);
+        finite &= fits;
+      }
+      if (!finite) {
+        report(error_word, kOverflow);
+#pragma unroll
+        for (int j = 0; j < kPack; ++j) key.v[j] = isfinite(decayed.v[j]) ? decayed.v[j] : old.v[j];
+      }
+      store_pack<kAligned>(to + list.key * width, column, width, key);
+    }
+    if (open) store_open_bits<T>(open + list.key * ((width + 7) / 8), column, inside, passes);
+  }
+};
+
+// ----------------------------------------------------------------------------------------------------------- kernels
+// alpha of every entry. One warp per (token, head). slope (2, P): null without addressing loss; memory_terms: null if
+// values_only.
+template <typename Size, typename T>
+__global__ void __launch_bounds__(Size::kThreads)
+    key_steps(ScanView<T> view, Chunk chunk, const int32_t* __restrict__ list_indices,
+              const T* __restrict__ list_scores, const T* __restrict__ p, const double* __restrict__ slope,
+              const int32_t* __restrict__ places, const T* __restrict__ memory_terms, T* __restrict__ alpha) {
+  const int32_t topk = int32_t(view.topk);
+  const int64_t rows = view.addressed_rows(chunk);
+  const double factor = rows ? view.addressing_weight / double(rows) : 0.0;
+  const int64_t step = int64_t(gridDim.x) * (Size::kThreads / 32), heads = view.tokens(chunk) * view.heads;
+  for (int64_t th = (int64_t(blockIdx.x) * Size::kThreads + threadIdx.x) / 32; th < heads; th += step)
+    for (int half = 0; half < 2; ++half) {
+      const int64_t at = (th * 2 + half) * topk;
+      const int32_t* const ids = list_indices + at;
+      const bool left_out = ids[0] < 0;
+      const double* const u = slope ? slope + half * view.num_sub_keys : nullptr;
+      const double mean = u && !left_out ? mean_slope(p + at, ids, u, topk) : 0.0;
+      for (int32_t l = threadIdx.x % 32; l < topk; l += 32) {
+        T sigma = u && !left_out ? T(factor * double(p[at + l]) * (u[ids[l]] - mean)) : T(0);
+        if (memory_terms && !left_out)
+          sigma += sum_at_place(places + th * topk, memory_terms + th * topk, topk, half, l);
+        alpha[at + l] = view.idw && !left_out ? 2 * exp(list_scores[at + l]) * sigma : sigma;
+      }
+    }
+}
+
+// Sub-keys that nobody looked at: next = keep * present, and their gradient of 0 passes the clamp.
+template <typename Size, typename T>
+__global__ void __launch_bounds__(Size::kThreads)
+    decayed_keys(const T* __restrict__ sub_keys, int64_t n, T keep, bool decays, T* __restrict__ to,
+                 uint8_t* __restrict__ open, int64_t open_bytes, unsigned* error_word) {
+  const int64_t step = int64_t(gridDim.x) * Size::kThreads;
+  for (int64_t i = int64_t(blockIdx.x) * Size::kThreads + threadIdx.x; i < n; i += step) {
+    const T v = decays ? keep * sub_keys[i] : sub_keys[i];
+    to[i] = isfinite(v) ? v : sub_keys[i];
+    if (!isfinite(v)) report(error_word, kOverflow);
+    if (open && i < open_bytes) open[i] = 0xff;
+  }
+}
+
+// ------------------------------------------------------------------------------------------------------------ launch
+template <typename T>
+struct KeyWrite {
+  const T* sub_keys;                     // (H, 2, P, K/2) that the chunk was read with
+  T* to;                                 // elsewhere
+  uint8_t* open;                         // (H, 2, P, (K/2 + 7) / 8), or null
+  T* loss;                               // addressing loss of the write
+  const int32_t *list_indices, *places;  // (m, H, 2, R), (m, H, R)
+  const T *list_scores, *memory_terms;   // (m, H, 2, R); (m, H, R) or null
+  T *p, *alpha;                          // (m, H, 2, R): workspace
+  double *mean, *slope;                  // (2, P): workspace
+  T* scratch;                            // ordered_sums_scratch(entries, K/2)
+  unsigned* error_word;
+};
+
+// lists: of the chunk's entries (EntryKeys). `aligned`: rows_are_packs of query, sub_keys, to and scratch.
+template <typename Size = LaunchSize, typename T>
+cudaError_t write_keys(const ScanView<T>& view, const Chunk& chunk, const OrderedLists& lists, const KeyWrite<T>& w,
+                       bool aligned, cudaStream_t stream) {
+  const int64_t half = view.half_width, n = view.key_rows() * half, open_bytes = view.key_rows() * ((half + 7) / 8);
+  const int64_t heads = view.tokens(chunk) * view.heads;
+  const bool addressed = view.addressing_weight != 0;
+  cudaError_t error = cudaSuccess;
+  if (addressed)
+    error = address_chunk<Size>(view, chunk, lists, w.list_indices, w.list_scores, w.p, w.mean, w.slope,
+                                static_cast<double*>(nullptr), w.loss, stream);
+  else
+    error = fill<Size>(w.loss, 1, T(0), stream);
+  if (error == cudaSuccess && heads)
+    error = simt::launch(key_steps<Size, T>, blocks_for<Size>(heads, Size::kThreads / 32), Size::kThreads, stream, view,
+                         chunk, w.list_indices, w.list_scores, w.p, addressed ? w.slope : nullptr, w.places,
+                         w.memory_terms, w.alpha);
+  if (error == cudaSuccess)
+    error = simt::launch(decayed_keys<Size, T>, blocks_for<Size>(n, Size::kThreads), Size::kThreads, stream, w.sub_keys,
+                         n, view.keep, view.decays(), w.to, w.open, open_bytes, w.error_word);
+  if (error != cudaSuccess) return error;
+  const NewKeys<T> output{view, w.sub_keys, w.to, w.open, w.error_word};
+  return view.idw ? ordered_sums<Size>(lists, QueryTerms<T, true>{view, chunk, w.alpha, w.sub_keys}, output, half,
+                                       w.scratch, aligned, stream)
+                  : ordered_sums<Size>(lists, QueryTerms<T, false>{view, chunk, w.alpha, w.sub_keys}, output, half,
+                                       w.scratch, aligned, stream);
+}
+
+}  // namespace fwpkm::kernels
