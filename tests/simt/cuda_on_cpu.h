@@ -32,7 +32,10 @@
 
 inline uint3 threadIdx, blockIdx;  // rewritten at every switch
 inline dim3 blockDim, gridDim;
+using std::exp;
 using std::fma;
+using std::isfinite;
+using std::log;
 
 // The caller's place, as default arguments.
 #define SIMT_HERE const char *file = __builtin_FILE(), int line = __builtin_LINE()
@@ -109,18 +112,22 @@ inline void __threadfence() { simt::detail::fence(); }
 // ---- warp collectives. No __activemask: its value is not defined enough to test. A shuffle's width is 32.
 template <typename T>
 T __shfl_sync(unsigned mask, T v, int lane, SIMT_HERE) {
+  static_assert(std::is_arithmetic_v<T>);
   return simt::detail::collective(simt::detail::Op::kShfl, mask, v, lane, {file, line});
 }
 template <typename T>
 T __shfl_up_sync(unsigned mask, T v, unsigned distance, SIMT_HERE) {
+  static_assert(std::is_arithmetic_v<T>);
   return simt::detail::collective(simt::detail::Op::kShflUp, mask, v, int(distance), {file, line});
 }
 template <typename T>
 T __shfl_down_sync(unsigned mask, T v, unsigned distance, SIMT_HERE) {
+  static_assert(std::is_arithmetic_v<T>);
   return simt::detail::collective(simt::detail::Op::kShflDown, mask, v, int(distance), {file, line});
 }
 template <typename T>
 T __shfl_xor_sync(unsigned mask, T v, int lane_mask, SIMT_HERE) {
+  static_assert(std::is_arithmetic_v<T>);
   return simt::detail::collective(simt::detail::Op::kShflXor, mask, v, lane_mask, {file, line});
 }
 inline unsigned __ballot_sync(unsigned mask, int predicate, SIMT_HERE) {
@@ -147,6 +154,31 @@ T atomicOr(T* p, std::common_type_t<T> v) {
 template <typename T>
 T atomicCAS(T* p, std::common_type_t<T> expected, std::common_type_t<T> v) {
   return simt::detail::atomic(p, [&](T old) { return old == expected ? T(v) : old; });
+}
+
+template <typename T>
+T atomicExch(T* p, std::common_type_t<T> v) {
+  return simt::detail::atomic(p, [&](T) { return T(v); });
+}
+
+// ---- the runtime, for the host code around the kernels: everything is done when a call returns
+inline const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaSuccess ? "no error" : error == cudaErrorInvalidConfiguration ? "invalid configuration" : "error";
+}
+inline cudaError_t cudaMemsetAsync(void* p, int byte, size_t size, cudaStream_t) {
+  std::memset(p, byte, size);
+  return cudaSuccess;
+}
+inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t size, cudaMemcpyKind, cudaStream_t) {
+  std::memcpy(to, from, size);
+  return cudaSuccess;
+}
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
+template <typename T>
+cudaError_t cudaGetSymbolAddress(void** address, T& symbol) {
+  *address = &symbol;
+  return cudaSuccess;
 }
 
 // ---- bits

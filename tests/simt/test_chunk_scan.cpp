@@ -1,0 +1,322 @@
+// read_chunk.cuh, write_rows.cuh, addressing.cuh and write_keys.cuh against the plain loops of plain_chunk.h. A case is
+// one stage of one chunk; the plain loops do the stages before it.
+#include "kernels/read_chunk.cuh"
+#include "kernels/write_keys.cuh"
+#include "kernels/write_rows.cuh"
+#include "plain_chunk.h"
+
+namespace {
+
+using namespace testing;
+using namespace fwpkm::kernels;
+
+// ----------------------------------------------------------------------------------------------------------- kernels
+// A table as build_ordered_lists leaves it: entries of no list come last.
+struct Lists {
+  Buffer<int32_t> key, entry, begin;
+  int32_t num_keys;
+  Lists(const ListTable& table, int64_t n) : key(n), entry(n), begin(n), num_keys(int32_t(table.size())) {
+    std::vector<bool> listed(n);
+    int32_t p = 0;
+    const auto put = [&](int32_t k, const std::vector<int32_t>& list) {
+      for (int32_t first = p; const int32_t i : list) {
+        key[p] = k, entry[p] = i, begin[p++] = first;
+        listed[i] = true;
+      }
+    };
+    for (int32_t k = 0; k < num_keys; ++k) put(k, table[k]);
+    std::vector<int32_t> rest;
+    for (int32_t i = 0; i < n; ++i)
+      if (!listed[i]) rest.push_back(i);
+    put(num_keys, rest);
+  }
+  operator OrderedLists() const { return {int32_t(key.size()), num_keys, key.get(), entry.get(), begin.get()}; }
+};
+
+template <typename T>
+using Stage = cudaError_t (*)(Data<T>&);
+
+template <typename Size, typename T>
+cudaError_t run_read(Data<T>& d) {
+  return read_chunk<Size>(
+      ReadArguments<T>{.view = d.view(),
+                       .chunk = d.chunk(),
+                       .versions = d.versions(),
+                       .newest = d.s.in_place ? nullptr : d.newest.get(),
+                       .scores = d.scores.get(),
+                       .slots = d.slots.get(),
+                       .list_indices = d.list_indices.get(),
+                       .weights = d.weights.get(),
+                       .errors = d.errors.get(),
+                       .good = d.good.get(),
+                       .memory_terms = d.s.values_only ? nullptr : d.memory_terms.get(),
+                       .read_from = d.s.in_place ? nullptr : d.read_from.get(),
+                       .out = d.out.get(),
+                       .own_indices = d.own_indices.get(),
+                       .own_weights = d.own_weights.get(),
+                       .losses = d.losses.get(),
+                       .error_word = d.error.get()},
+      rows_are_packs<T>(d.width, d.values.get(), d.log.get(), d.target.get(), d.out.get(), d.errors.get()), nullptr);
+}
+
+template <typename Size, typename T>
+cudaError_t run_rows(Data<T>& d) {
+  const Shape& s = d.s;
+  const int32_t reads = int32_t(d.m * d.n);
+  const Lists lists(slot_lists(d), reads);
+  Buffer<int32_t> counts(reads), pairs(1);
+  Buffer<T> gamma(reads), scratch(ordered_sums_scratch(reads, d.width));
+  unsigned* const error_word = d.error.get();
+  const auto each = [](int64_t items, int64_t per_block) { return blocks_for<Size>(items, per_block); };
+  if (s.in_place && s.keep != 1)
+    simt::launch(decay<Size, T>, each(d.values.size(), Size::kThreads), Size::kThreads, nullptr, d.values.get(),
+                 d.values.size(), T(s.keep), error_word);
+  cudaError_t error = list_step_sizes<Size>(lists, d.view(), d.chunk(), kappa(d, false), kappa(d, true), counts.get(),
+                                            pairs.get(), gamma.get(), nullptr);
+  const NewRows<T> output{
+      .view = d.view(),
+      .versions = d.versions(),
+      .newest = s.in_place ? nullptr : d.newest.get(),
+      .writes = s.before + 1,
+      .gamma = gamma.get(),
+      .to = s.in_place ? d.values.get() : d.log.get() + s.first_place() * d.width,
+      .open = s.in_place || s.clip < 0 ? nullptr : d.open_rows.get() + s.first_place() * ((d.width + 7) / 8),
+      .error_word = error_word};
+  if (!error)
+    error = ordered_sums<Size>(
+        lists, ErrorTerms<T>{d.errors.get(), d.weights.get(), d.good.get(), uint32_t(d.n), d.width}, output, d.width,
+        scratch.get(), rows_are_packs<T>(d.width, d.values.get(), d.log.get(), d.errors.get(), scratch.get()), nullptr);
+  if (!error && !s.in_place)
+    error = simt::launch(publish_rows<Size, T>, each(reads, Size::kThreads / 32), Size::kThreads, nullptr, lists,
+                         int32_t(s.first_place()), d.width, d.newest.get(), d.new_slots.get(), d.log.get());
+  if (!error && !s.in_place && s.keep != 1)
+    error = simt::launch(finish_rows<Size, T>, each(s.places(), Size::kThreads / 32), Size::kThreads, nullptr, d.view(),
+                         d.versions(), s.places(), s.before + 1, d.new_slots.get(), d.log.get(), error_word);
+  return error;
+}
+
+template <typename Size, typename T>
+cudaError_t run_address(Data<T>& d) {
+  return address_chunk<Size>(d.view(), d.chunk(), Lists(key_lists(d), 2 * d.m * d.n), d.list_indices.get(),
+                             d.list_scores.get(), d.p.get(), d.mean.get(), d.slope.get(), d.curvature.get(),
+                             d.loss.get(), nullptr);
+}
+
+template <typename Size, typename T>
+cudaError_t run_keys(Data<T>& d) {
+  const Shape& s = d.s;
+  const int32_t entries = int32_t(2 * d.m * d.n);
+  const EntryKeys keys{d.list_indices.get(), uint32_t(s.topk), uint32_t(2 * s.heads), uint32_t(s.sub_keys)};
+  for (int32_t l = 0; l < entries; ++l)
+    if (keys[l] != d.entry_key(l)) return cudaErrorUnknown;
+  Buffer<T> scratch(ordered_sums_scratch(entries, s.half_width));
+  const KeyWrite<T> write{.sub_keys = d.sub_keys.get(),
+                          .to = d.new_keys.get(),
+                          .open = s.clip < 0 ? nullptr : d.open_keys.get(),
+                          .loss = d.loss.get(),
+                          .list_indices = d.list_indices.get(),
+                          .places = d.places.get(),
+                          .list_scores = d.list_scores.get(),
+                          .memory_terms = s.values_only ? nullptr : d.memory_terms.get(),
+                          .p = d.p.get(),
+                          .alpha = d.alpha.get(),
+                          .mean = d.mean.get(),
+                          .slope = d.slope.get(),
+                          .scratch = scratch.get(),
+                          .error_word = d.error.get()};
+  return write_keys<Size>(
+      d.view(), d.chunk(), Lists(key_lists(d), entries), write,
+      rows_are_packs<T>(s.half_width, d.query.get(), d.sub_keys.get(), d.new_keys.get(), scratch.get()), nullptr);
+}
+
+// ------------------------------------------------------------------------------------------------------------- cases
+// NaN has many bit patterns; a result that must be NaN is compared as one.
+template <typename T>
+bool same(const Buffer<T>& found, const Buffer<T>& expected) {
+  for (size_t i = 0; i < expected.size(); ++i) {
+    if constexpr (std::is_floating_point_v<T>)
+      if (std::isnan(found[i]) && std::isnan(expected[i])) continue;
+    if (std::memcmp(&found[i], &expected[i], sizeof(T))) return false;
+  }
+  return true;
+}
+
+// Bits beyond the end of a row mean nothing.
+void clear_padding(Buffer<uint8_t>& open, int64_t width) {
+  for (size_t i = (width + 7) / 8 - 1; width % 8 && i < open.size(); i += (width + 7) / 8)
+    open[i] &= uint8_t((1 << width % 8) - 1);
+}
+
+// `done`: by the plain loops, before the stage.
+template <typename T>
+Run make_stage(const Shape& s, void (*done)(Data<T>&), void (*plain)(Data<T>&), Stage<T> stage) {
+  const auto before = std::make_shared<Data<T>>(s), after = std::make_shared<Data<T>>(s);
+  for (Data<T>* d : {before.get(), after.get()}) {
+    if (done) done(*d);
+    d->error.clear(0);
+  }
+  plain(*after);
+  return [=]() -> std::string {
+    Data<T> found(s);
+    found.each(*before, [](const char*, auto& to, const auto& from) {
+      for (size_t i = 0; i < from.size(); ++i) to[i] = from[i];
+    });
+    if (stage(found)) return "launch";
+    for (Data<T>* d : {&found, after.get()}) {
+      clear_padding(d->open_rows, s.width);
+      clear_padding(d->open_keys, s.half_width);
+    }
+    std::string wrong;
+    found.each(*after, [&](const char* name, const auto& a, const auto& b) {
+      if (!same(a, b)) wrong += std::string(wrong.empty() ? "" : ", ") + name;
+    });
+    return wrong;
+  };
+}
+template <typename Size, typename T>
+Run read(const Shape& s) {
+  return make_stage<T>(s, nullptr, plain_read<Size, T>, run_read<Size, T>);
+}
+template <typename Size, typename T>
+Run rows(const Shape& s) {
+  return make_stage<T>(s, plain_read<Size, T>, plain_rows<Size, T>, run_rows<Size, T>);
+}
+template <typename Size, typename T>
+Run address(const Shape& s) {
+  return make_stage<T>(s, plain_read<Size, T>, plain_address<Size, T>, run_address<Size, T>);
+}
+template <typename Size, typename T>
+Run keys(const Shape& s) {
+  return make_stage<T>(s, plain_read<Size, T>, plain_keys<Size, T>, run_keys<Size, T>);
+}
+
+using Normal = LaunchSize;
+struct OneBlock : Small {
+  static constexpr int kMaxBlocks = 1;
+};
+constexpr auto kSilu = Activation::kSilu, kRelu = Activation::kRelu;
+constexpr bool kYes = true;
+
+const Register kCases({
+    {"read_one", [] { return read<Small, float>({.topk = 1, .width = 3}); }},
+    {"read_one_silu", [] { return read<Small, double>({.topk = 1, .width = 3, .activation = kSilu}); }},
+    {"read_8", [] { return read<Small, float>({.topk = 8, .sub_keys = 9, .masked = kYes}); }},
+    {"read_8_double", [] { return read<Small, double>({.topk = 8, .sub_keys = 9, .gated = false}); }},
+    {"read_8_silu", [] { return read<Small, float>({.topk = 8, .sub_keys = 9, .activation = kSilu, .keep = 0.9}); }},
+    {"read_8_relu",
+     [] { return read<Small, float>({.topk = 8, .sub_keys = 9, .boundary = kCarry, .activation = kRelu}); }},
+    {"read_40", [] { return read<Normal, float>({.heads = 5, .topk = 8, .sub_keys = 9, .width = 136}); }},
+    {"read_40_silu",
+     [] { return read<Normal, double>({.heads = 5, .topk = 8, .sub_keys = 9, .width = 136, .activation = kSilu}); }},
+    {"read_40_relu",
+     [] { return read<Small, double>({.heads = 5, .topk = 8, .sub_keys = 9, .width = 72, .activation = kRelu}); }},
+    {"read_64", [] { return read<Small, float>({.heads = 8, .topk = 8, .sub_keys = 9, .tokens = 2}); }},
+    {"read_70",
+     [] { return read<Normal, float>({.heads = 7, .topk = 10, .sub_keys = 11, .width = 300, .tokens = 2}); }},
+    {"read_70_double",
+     [] { return read<Normal, double>({.heads = 70, .topk = 1, .width = 300, .tokens = 2, .in_place = kYes}); }},
+    {"read_70_relu", [] { return read<Small, float>({.heads = 7, .topk = 10, .sub_keys = 11, .activation = kRelu}); }},
+    {"read_70_silu_shifted",
+     [] { return read<Small, float>({.heads = 70, .topk = 1, .activation = kSilu, .offset = 1}); }},
+    {"read_1024",
+     [] { return read<Small, float>({.heads = 8, .topk = 128, .sub_keys = 128, .batch = 1, .tokens = 2}); }},
+    {"read_wide", [] { return read<Small, float>({.width = 521, .tokens = 2, .masked = kYes}); }},
+    {"read_shifted", [] { return read<Small, float>({.width = 136, .offset = 1}); }},
+    {"read_shifted_double", [] { return read<Small, double>({.width = 136, .keep = 0.9, .offset = 1}); }},
+    {"read_in_place", [] { return read<Small, float>({.boundary = kCarry, .in_place = kYes, .masked = kYes}); }},
+    {"read_in_place_decay", [] { return read<Small, double>({.in_place = kYes, .keep = 0.9}); }},
+    {"read_carry", [] { return read<Small, float>({.tokens = 5, .lookahead = 3, .boundary = kCarry, .keep = 0.9}); }},
+    {"read_first_carry", [] { return read<Small, float>({.lookahead = 2, .before = 0, .boundary = kCarry}); }},
+    {"read_later_carry", [] { return read<Small, float>({.lookahead = 2, .boundary = kCarryLater, .masked = kYes}); }},
+    {"read_first", [] { return read<Small, float>({.before = 0, .keep = 0.9}); }},
+    {"read_no_pairs", [] { return read<Small, float>({.lookahead = 7}); }},
+    {"read_no_lookahead", [] { return read<Small, float>({.lookahead = 0}); }},
+    {"read_no_tokens", [] { return read<Small, float>({.batch = 0}); }},
+    {"read_values_only", [] { return read<Small, float>({.width = 136, .values_only = kYes}); }},
+    {"read_odd", [] { return read<Small, float>({.heads = 3, .tokens = 9, .masked = kYes, .odd = 2}); }},
+    {"read_odd_in_place", [] { return read<Small, double>({.boundary = kCarry, .in_place = kYes, .odd = 3}); }},
+    {"read_odd_70",
+     [] { return read<Small, float>({.heads = 70, .topk = 1, .width = 133, .values_only = kYes, .odd = 3}); }},
+    {"read_astray", [] { return read<Small, float>({.width = 136, .odd = 4, .astray = 3}); }},
+    {"read_astray_silu",
+     [] { return read<Small, double>({.gated = false, .activation = kSilu, .keep = 0.9, .astray = 3}); }},
+    {"read_large", [] { return read<Small, float>({.activation = kRelu, .keep = 1.5, .large = kYes}); }},
+    {"small_read", [] { return read<OneBlock, float>({.width = 136, .tokens = 3, .masked = kYes, .odd = 5}); }},
+
+    {"rows_float", [] { return rows<Normal, float>({.width = 136, .tokens = 8}); }},
+    {"rows_double", [] { return rows<Small, double>({.heads = 2, .width = 72, .masked = kYes, .clip = 0.1}); }},
+    {"rows_narrow", [] { return rows<Small, float>({.width = 3, .boundary = kCarry, .clip = 0.1}); }},
+    {"rows_narrow_double", [] { return rows<Small, double>({.width = 11, .keep = 0.9, .clip = 0.1}); }},
+    {"rows_shifted", [] { return rows<Small, float>({.width = 20, .keep = 0.9, .clip = 0.05, .offset = 1}); }},
+    {"rows_clip_zero", [] { return rows<Small, float>({.clip = 0}); }},
+    {"rows_release", [] { return rows<Small, float>({.heads = 3, .release = kYes}); }},
+    {"rows_release_mask",
+     [] { return rows<Small, double>({.heads = 2, .tokens = 40, .lookahead = 5, .masked = kYes, .release = kYes}); }},
+    {"rows_release_carry",
+     [] { return rows<Small, float>({.lookahead = 3, .boundary = kCarry, .masked = kYes, .release = kYes}); }},
+    {"rows_carry", [] { return rows<Small, float>({.tokens = 3, .lookahead = 3, .boundary = kCarry, .keep = 0.9}); }},
+    {"rows_first_carry",
+     [] { return rows<Small, float>({.before = 0, .boundary = kCarry, .release = kYes, .keep = 0.9}); }},
+    {"rows_later_carry", [] { return rows<Small, float>({.lookahead = 2, .boundary = kCarryLater, .release = kYes}); }},
+    {"rows_in_place", [] { return rows<Small, float>({.in_place = kYes, .masked = kYes, .clip = 0.1}); }},
+    {"rows_in_place_decay", [] { return rows<Small, double>({.width = 6, .in_place = kYes, .keep = 0.9}); }},
+    {"rows_no_pairs", [] { return rows<Small, float>({.lookahead = 7, .masked = kYes, .release = kYes}); }},
+    {"rows_odd", [] { return rows<Small, float>({.heads = 2, .masked = kYes, .clip = 0.1, .odd = 3, .astray = 3}); }},
+    {"rows_all_odd", [] { return rows<Small, float>({.batch = 1, .tokens = 2, .before = 1, .odd = 1}); }},
+    {"rows_overflow", [] { return rows<Small, float>({.width = 20, .release = kYes, .lr = 3e38, .clip = 5}); }},
+    {"rows_overflow_in_place",
+     [] { return rows<Small, float>({.width = 7, .in_place = kYes, .release = kYes, .lr = 3e38}); }},
+    {"rows_decay_overflow", [] { return rows<Small, float>({.keep = 1.5, .clip = 0.1, .large = kYes}); }},
+    {"rows_decay_overflow_in_place",
+     [] { return rows<Small, double>({.in_place = kYes, .keep = 1.5, .large = kYes}); }},
+    {"rows_hot", [] { return rows<Small, float>({.heads = 70, .topk = 1, .sub_keys = 1, .tokens = 8, .clip = 0.1}); }},
+    {"rows_hot_carry",
+     [] {
+       return rows<Small, double>({.heads = 5,
+                                   .topk = 2,
+                                   .sub_keys = 2,
+                                   .width = 70,
+                                   .tokens = 6,
+                                   .lookahead = 4,
+                                   .boundary = kCarry,
+                                   .odd = 6});
+     }},
+    {"small_rows", [] { return rows<OneBlock, float>({.batch = 1, .tokens = 3, .clip = 0.1}); }},
+
+    {"address_float", [] { return address<Normal, float>({}); }},
+    {"address_double", [] { return address<Small, double>({.heads = 3, .topk = 40, .sub_keys = 41, .tokens = 2}); }},
+    {"address_carry", [] { return address<Small, float>({.heads = 2, .lookahead = 2, .boundary = kCarry, .odd = 3}); }},
+    {"address_no_tokens", [] { return address<Small, float>({.batch = 0}); }},
+    {"small_address", [] { return address<OneBlock, float>({.topk = 2, .sub_keys = 2, .batch = 1, .tokens = 40}); }},
+
+    {"keys_float", [] { return keys<Normal, float>({.half_width = 136, .batch = 1}); }},
+    {"keys_double", [] { return keys<Small, double>({.heads = 3, .topk = 8, .sub_keys = 9, .idw = kYes}); }},
+    {"keys_idw", [] { return keys<Small, float>({.heads = 2, .half_width = 8, .idw = kYes, .clip = 1e-3}); }},
+    {"keys_idw_shifted", [] { return keys<Small, float>({.half_width = 8, .idw = kYes, .keep = 0.9, .offset = 1}); }},
+    {"keys_clip", [] { return keys<Small, double>({.sub_keys = 20, .half_width = 7, .keep = 0.9, .clip = 1e-3}); }},
+    {"keys_many_reads", [] { return keys<Small, float>({.topk = 40, .sub_keys = 41, .tokens = 2, .idw = kYes}); }},
+    {"keys_carry",
+     [] { return keys<Small, float>({.heads = 2, .lookahead = 2, .boundary = kCarry, .idw = kYes, .masked = kYes}); }},
+    {"keys_values_only", [] { return keys<Small, float>({.heads = 2, .values_only = kYes}); }},
+    {"keys_no_addressing", [] { return keys<Small, float>({.idw = kYes, .addressing_weight = 0}); }},
+    {"keys_only_decay", [] { return keys<Small, float>({.values_only = kYes, .keep = 0.9, .addressing_weight = 0}); }},
+    {"keys_no_pairs", [] { return keys<Small, float>({.lookahead = 7, .before = 0, .boundary = kCarryFirst}); }},
+    {"keys_odd", [] { return keys<Small, float>({.heads = 3, .idw = kYes, .clip = 1e-3, .odd = 2, .astray = 3}); }},
+    {"keys_all_odd", [] { return keys<Small, double>({.batch = 1, .tokens = 2, .before = 1, .odd = 1}); }},
+    {"keys_no_tokens", [] { return keys<Small, float>({.batch = 0, .keep = 0.9}); }},
+    {"keys_overflow", [] { return keys<Small, float>({.half_width = 9, .lr = 3e38, .addressing_weight = 100}); }},
+    {"keys_decay_overflow",
+     [] { return keys<Small, float>({.topk = 2, .sub_keys = 20, .keep = 1.5, .clip = 1e-3, .large = kYes}); }},
+    {"keys_hot",
+     [] {
+       return keys<Small, float>({.topk = 1,
+                                  .sub_keys = 1,
+                                  .half_width = 3,
+                                  .width = 3,
+                                  .tokens = 530,
+                                  .activation = kSilu,
+                                  .addressing_weight = 0});
+     }},
+});
+
+}  // namespace

@@ -1,0 +1,346 @@
+// product_key_search.cuh and product_key_topk_backward.cuh against plain loops in the orders that they document.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <numeric>
+
+#include "kernels/product_key_search.cuh"
+#include "kernels/product_key_topk_backward.cuh"
+#include "testing.h"
+
+namespace {
+
+using namespace testing;
+using namespace fwpkm::kernels;
+
+enum class Numbers {
+  kReal,
+  kInteger,       // -1, 0, 1: many scores are equal, and many sums
+  kTwins,         // every sub-key comes three times
+  kNaN,           // in one query
+  kInfinity,      // in one sub-key
+  kLargeSums,     // finite scores whose sums overflow
+  kZeroDistance,  // eps = 0, and a query that is a sub-key
+};
+
+struct Shape {
+  int64_t tokens, heads, sub_keys, width, topk;  // N, H, P, K/2, R
+  bool idw = false;
+  Numbers numbers = Numbers::kReal;
+  size_t offset = 0;                               // of the rows from a multiple of 16 bytes, in elements
+  int64_t per_row = 0, row_stride = 0, first = 0;  // TokenRows; 0: one batch row
+  bool places = true;
+  int64_t invalid = 0;  // every invalid-th slot of a backward is out of range
+
+  int64_t lists() const { return 2 * heads; }
+  TokenRows rows() const {
+    return per_row ? TokenRows{tokens, per_row, row_stride, first} : TokenRows{tokens, tokens, tokens, 0};
+  }
+  int64_t row(int64_t t) const { return per_row ? t / per_row * row_stride + first + t % per_row : t; }
+  int64_t query_rows() const { return tokens ? row(tokens - 1) + 1 : 0; }
+};
+
+template <typename T>
+struct Data {
+  Shape s;
+  T eps;
+  Buffer<T> query, sub_keys;
+
+  explicit Data(const Shape& shape)
+      : s(shape),
+        eps(s.numbers == Numbers::kZeroDistance ? T(0) : T(1e-3)),
+        query(s.query_rows() * s.lists() * s.width, s.offset),
+        sub_keys(s.lists() * s.sub_keys * s.width, s.offset) {
+    Random random;
+    for (auto* buffer : {&query, &sub_keys})
+      for (size_t i = 0; i < buffer->size(); ++i)
+        (*buffer)[i] = s.numbers == Numbers::kInteger ? T(random.below(3) - 1) : T(random.real());
+    if (s.numbers == Numbers::kTwins)
+      for (int64_t j = 0; j < s.lists() * s.sub_keys; ++j)
+        std::copy_n(&sub_keys[j / 3 * 3 * s.width], s.width, &sub_keys[j * s.width]);
+    if (s.numbers == Numbers::kNaN) query[((s.row(s.tokens / 2) + 1) * s.lists() - 1) * s.width] = T(NAN);
+    if (s.numbers == Numbers::kInfinity) sub_keys[sub_keys.size() - 1] = T(INFINITY);
+    if (s.numbers == Numbers::kLargeSums) {
+      std::fill_n(&query[0], query.size(), T(1));
+      for (size_t i = 0; i < sub_keys.size(); ++i)
+        sub_keys[i] = std::numeric_limits<T>::max() / (s.width * (i < sub_keys.size() / 2 ? 1.1 : 3));
+    }
+    if (s.numbers == Numbers::kZeroDistance) std::copy_n(&sub_keys[0], s.width, &query[0]);
+  }
+  bool reported() const { return s.numbers >= Numbers::kNaN; }
+  const T* query_of(int64_t t, int64_t list) const { return &query[(s.row(t) * s.lists() + list) * s.width]; }
+  const T* sub_key(int64_t list, int64_t j) const { return &sub_keys[(list * s.sub_keys + j) * s.width]; }
+};
+
+// NaN has many bit patterns; a result that must be NaN is compared as one.
+template <typename T>
+bool same_or_nan(const Buffer<T>& found, const std::vector<T>& expected) {
+  for (size_t i = 0; i < expected.size(); ++i)
+    if (std::isnan(expected[i]) ? !std::isnan(found[i]) : std::memcmp(&found[i], &expected[i], sizeof(T)) != 0)
+      return false;
+  return true;
+}
+
+// ------------------------------------------------------------------------------------------------------------ search
+template <typename T>
+struct Lists {
+  std::vector<int32_t> indices, places, slots;
+  std::vector<T> list_scores, scores;
+};
+
+// One list of the search, by sorting all similarities.
+template <typename T>
+void search_list(const Data<T>& d, int64_t t, int64_t list, int32_t* indices, T* scores) {
+  const Shape& s = d.s;
+  constexpr int64_t kPack = 16 / sizeof(T);
+  std::vector<T> similarity(s.sub_keys);
+  for (int64_t j = 0; j < s.sub_keys; ++j) {
+    T sum = 0;
+    for (int64_t c = 0; c < (s.width + kPack - 1) / kPack * kPack; ++c) {
+      const T q = c < s.width ? d.query_of(t, list)[c] : T(0), k = c < s.width ? d.sub_key(list, j)[c] : T(0);
+      sum = s.idw ? std::fma(-(q - k), q - k, sum) : std::fma(q, k, sum);
+    }
+    similarity[j] = sum;
+  }
+  bool finite = std::all_of(similarity.begin(), similarity.end(), [](T x) { return std::isfinite(x); });
+  if (finite) {
+    std::vector<int32_t> order(s.sub_keys);
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return similarity[a] > similarity[b]; });
+    for (int64_t r = 0; r < s.topk; ++r) {
+      indices[r] = order[r];
+      scores[r] = s.idw ? -std::log(d.eps - similarity[order[r]]) : similarity[order[r]];
+      finite &= std::isfinite(scores[r]);
+    }
+  }
+  if (finite) return;
+  std::fill_n(indices, s.topk, -1);
+  std::fill_n(scores, s.topk, T(NAN));
+}
+
+// The best sums of two lists, by sorting all of them.
+template <typename T>
+void combine_list(const Shape& s, const int32_t* indices, const T* list_scores, int32_t* places, int32_t* slots,
+                  T* scores) {
+  const auto sum = [&](int32_t pair) { return list_scores[pair / s.topk] + list_scores[s.topk + pair % s.topk]; };
+  const auto slot = [&](int32_t pair) {
+    return int32_t(indices[pair / s.topk] * s.sub_keys + indices[s.topk + pair % s.topk]);
+  };
+  std::vector<int32_t> order(s.topk * s.topk);
+  std::iota(order.begin(), order.end(), 0);
+  bool finite = indices[0] >= 0 && indices[s.topk] >= 0;
+  if (finite)
+    std::sort(order.begin(), order.end(),
+              [&](int32_t a, int32_t b) { return sum(a) > sum(b) || (sum(a) == sum(b) && slot(a) < slot(b)); });
+  for (int64_t r = 0; r < s.topk; ++r) finite &= std::isfinite(sum(order[r]));
+  for (int64_t r = 0; r < s.topk; ++r) {
+    places[r] = finite ? order[r] : 0;
+    slots[r] = finite ? slot(order[r]) : -1;
+    scores[r] = finite ? sum(order[r]) : T(NAN);
+  }
+}
+
+template <typename Size, typename T>
+Run make_search(Shape s) {
+  auto d = std::make_shared<Data<T>>(s);
+  const int64_t entries = s.tokens * s.lists() * s.topk, reads = entries / 2;
+  Lists<T> expected{std::vector<int32_t>(entries), std::vector<int32_t>(reads), std::vector<int32_t>(reads),
+                    std::vector<T>(entries), std::vector<T>(reads)};
+  for (int64_t l = 0; l < s.tokens * s.lists(); ++l)
+    search_list(*d, l / s.lists(), l % s.lists(), &expected.indices[l * s.topk], &expected.list_scores[l * s.topk]);
+  for (int64_t n = 0; n < s.tokens * s.heads; ++n)
+    combine_list(s, &expected.indices[2 * n * s.topk], &expected.list_scores[2 * n * s.topk],
+                 &expected.places[n * s.topk], &expected.slots[n * s.topk], &expected.scores[n * s.topk]);
+  return [=]() -> std::string {
+    Buffer<int32_t> indices(entries), places(s.places ? reads : 0), slots(reads);
+    Buffer<T> list_scores(entries), scores(reads);
+    Buffer<unsigned> errors(2);
+    errors.clear(0);
+    if (search_lists<Size>(d->query.get(), s.rows(), d->sub_keys.get(), s.heads, s.sub_keys, s.width, s.topk, s.idw,
+                           d->eps, indices.get(), list_scores.get(), &errors[0], nullptr))
+      return "launch of search_lists";
+    if (!indices.same_bits(expected.indices)) return "list indices";
+    if (!same_or_nan(list_scores, expected.list_scores)) return "list scores";
+    if (combine_lists<Size>(indices.get(), list_scores.get(), s.tokens, s.heads, s.sub_keys, s.topk,
+                            s.places ? places.get() : nullptr, slots.get(), scores.get(), &errors[1], nullptr))
+      return "launch of combine_lists";
+    if (!slots.same_bits(expected.slots)) return "slots";
+    if (s.places && !places.same_bits(expected.places)) return "places";
+    if (!same_or_nan(scores, expected.scores)) return "scores";
+    const bool sums_only = s.numbers == Numbers::kLargeSums;
+    if (errors[0] != (d->reported() && !sums_only ? unsigned(kNotFinite) : 0u)) return "error word of search_lists";
+    return expect(errors[1] == (d->reported() ? unsigned(kNotFinite) : 0u), "error word of combine_lists");
+  };
+}
+
+// More reads than a list has places.
+template <typename T>
+Run make_too_many() {
+  return [] {
+    Buffer<T> rows(kMaxTopk + 1);
+    Buffer<int32_t> indices(1);
+    const bool refused = search_lists(rows.get(), TokenRows{1, 1, 1, 0}, rows.get(), 1, kMaxTopk + 1, 1, kMaxTopk + 1,
+                                      false, T(1), indices.get(), rows.get(), nullptr, nullptr) != cudaSuccess;
+    return expect(refused, "not refused");
+  };
+}
+
+// ---------------------------------------------------------------------------------------------------------- backward
+// Adds terms in groups of 32, then the groups' sums, until one is left.
+template <typename T>
+T tree(std::vector<T> terms) {
+  while (terms.size() > 1) {
+    std::vector<T> sums;
+    for (size_t i = 0; i < terms.size(); ++i)
+      if (i % 32)
+        sums.back() += terms[i];
+      else
+        sums.push_back(terms[i]);
+    terms = sums;
+  }
+  return terms[0];
+}
+
+template <typename T>
+T square_distance(const T* a, const T* b, int64_t width) {
+  T lanes[32] = {};
+  for (int64_t c = 0; c < width; ++c) {
+    T& sum = lanes[c / (16 / sizeof(T)) % 32];
+    sum = std::fma(a[c] - b[c], a[c] - b[c], sum);
+  }
+  for (int half = 16; half; half /= 2)
+    for (int l = 0; l < half; ++l) lanes[l] += lanes[l + half];
+  return lanes[0];
+}
+
+template <typename Sorting, typename Size, typename T>
+Run make_backward(Shape s) {
+  auto d = std::make_shared<Data<T>>(s);
+  const int64_t reads = s.tokens * s.heads * s.topk;
+  auto slots = std::make_shared<Buffer<int32_t>>(reads);
+  auto dscores = std::make_shared<Buffer<T>>(reads);
+  Random random{2};
+  for (int64_t i = 0; i < reads; ++i) {
+    (*slots)[i] = int32_t(random.below(1 + random.below(s.sub_keys * s.sub_keys)));
+    if (s.invalid && i % s.invalid == 1) (*slots)[i] = i % 2 ? -1 : int32_t(s.sub_keys * s.sub_keys);
+    (*dscores)[i] = T(random.real());
+  }
+  std::vector<T> dquery(d->query.size()), dsub_keys(d->sub_keys.size());
+  std::vector<std::vector<T>> pieces(dsub_keys.size());
+  std::vector<int64_t> lengths(s.lists() * s.sub_keys);
+  for (int64_t l = 0; l < s.tokens * s.lists(); ++l)
+    for (int64_t r = 0; r < s.topk; ++r) {
+      const int64_t i = l / 2 * s.topk + r, list = l % s.lists(), slot = (*slots)[i];
+      const T* const q = d->query_of(l / s.lists(), list);
+      T* const dq = &dquery[l * s.width];
+      if (slot < 0 || slot >= s.sub_keys * s.sub_keys) {
+        for (int64_t c = 0; c < s.width; ++c) dq[c] = T(NAN);
+        continue;
+      }
+      const int64_t row = list * s.sub_keys + (l % 2 == 0 ? slot / s.sub_keys : slot % s.sub_keys);
+      const T* const k = d->sub_key(0, row);
+      const T beta = s.idw ? 2 * (*dscores)[i] / (d->eps + square_distance(q, k, s.width)) : (*dscores)[i];
+      const bool begins = lengths[row]++ % 32 == 0;
+      for (int64_t c = 0; c < s.width; ++c) {
+        dq[c] = std::fma(beta, s.idw ? k[c] - q[c] : k[c], dq[c]);
+        std::vector<T>& sums = pieces[row * s.width + c];
+        if (begins) sums.push_back(0);
+        sums.back() = std::fma(beta, s.idw ? q[c] - k[c] : q[c], sums.back());
+      }
+    }
+  for (size_t i = 0; i < dsub_keys.size(); ++i) dsub_keys[i] = pieces[i].empty() ? T(0) : tree(pieces[i]);
+  return [=]() -> std::string {
+    const int32_t entries = int32_t(2 * reads);
+    Buffer<int32_t> keys(entries), workspace(ordered_lists_workspace<Sorting>(entries));
+    Buffer<T> betas(entries), scratch(ordered_sums_scratch(entries, s.width)), found(dquery.size(), s.offset),
+        found_keys(dsub_keys.size(), s.offset);
+    Buffer<unsigned> errors(1);
+    errors.clear(0);
+    found_keys.clear(0);
+    if (product_key_topk_backward<Sorting, Size>(dscores->get(), d->query.get(), d->sub_keys.get(), slots->get(),
+                                                 s.tokens, s.heads, s.sub_keys, s.topk, s.width, s.idw, d->eps,
+                                                 keys.get(), betas.get(), workspace.get(), scratch.get(), found.get(),
+                                                 found_keys.get(), errors.get(), nullptr))
+      return "launch";
+    if (!same_or_nan(found, dquery)) return "dquery";
+    if (!found_keys.same_bits(dsub_keys)) return "dsub_keys";
+    return expect(errors[0] == (s.invalid ? unsigned(kIndexOutOfRange) : 0u), "error word");
+  };
+}
+
+using Normal = SearchSize;
+struct Many : SearchSize {  // a block takes many tokens, however few there are
+  static constexpr int kManyBlocks = 0;
+};
+struct SmallFew : Small {
+  static constexpr int kManyBlocks = 1 << 30;
+};
+struct SmallMany : Small {
+  static constexpr int kManyBlocks = 0;
+};
+using Sort = OrderedListsSize;
+constexpr bool kIdw = true;
+
+const Register kCases({
+    {"search_float", [] { return make_search<Normal, float>({17, 2, 300, 40, 8}); }},
+    {"search_double", [] { return make_search<Normal, double>({17, 1, 300, 40, 8}); }},
+    {"search_idw_float", [] { return make_search<Normal, float>({17, 1, 300, 40, 8, kIdw}); }},
+    {"search_idw_double", [] { return make_search<Normal, double>({9, 2, 70, 20, 8, kIdw}); }},
+    {"search_many_float", [] { return make_search<Many, float>({70, 1, 200, 40, 3}); }},
+    {"search_many_double", [] { return make_search<Many, double>({40, 1, 200, 20, 3}); }},
+    {"search_many_idw_float", [] { return make_search<Many, float>({17, 2, 130, 33, 8, kIdw}); }},
+    {"search_many_idw_double", [] { return make_search<Many, double>({17, 1, 130, 9, 3, kIdw}); }},
+    {"search_one_token", [] { return make_search<Normal, float>({1, 4, 64, 64, 8}); }},
+    {"search_no_tokens", [] { return make_search<Normal, float>({0, 2, 5, 4, 3}); }},
+    {"search_one_read", [] { return make_search<SmallFew, float>({17, 1, 150, 3, 1}); }},
+    {"search_one_column", [] { return make_search<SmallFew, double>({5, 1, 70, 1, 2, kIdw}); }},
+    {"search_one_sub_key", [] { return make_search<SmallMany, float>({3, 1, 1, 5, 1}); }},
+    {"search_32_reads", [] { return make_search<SmallFew, float>({5, 1, 140, 8, 32}); }},
+    {"search_33_reads", [] { return make_search<SmallFew, double>({4, 1, 140, 8, 33}); }},
+    {"search_128_reads", [] { return make_search<SmallMany, float>({2, 1, 300, 8, 128}); }},
+    {"search_128_reads_idw", [] { return make_search<SmallFew, float>({2, 1, 200, 8, 128, kIdw}); }},
+    {"search_all_read", [] { return make_search<SmallFew, float>({3, 1, 40, 5, 40}); }},
+    {"search_all_128_read", [] { return make_search<SmallFew, double>({1, 1, 128, 5, 128, kIdw}); }},
+    {"search_shifted", [] { return make_search<SmallFew, float>({9, 1, 70, 40, 4, false, Numbers::kReal, 1}); }},
+    {"search_ties", [] { return make_search<SmallFew, float>({12, 2, 140, 3, 8, false, Numbers::kInteger}); }},
+    {"search_ties_many", [] { return make_search<SmallMany, double>({12, 1, 140, 3, 8, kIdw, Numbers::kInteger}); }},
+    {"search_ties_100_reads",
+     [] { return make_search<SmallFew, float>({2, 1, 110, 3, 100, false, Numbers::kInteger}); }},
+    {"search_twins", [] { return make_search<SmallMany, float>({9, 1, 150, 17, 8, false, Numbers::kTwins}); }},
+    {"search_twins_idw", [] { return make_search<SmallFew, float>({9, 1, 150, 17, 10, kIdw, Numbers::kTwins}); }},
+    {"search_nan", [] { return make_search<SmallFew, float>({5, 2, 150, 9, 4, false, Numbers::kNaN}); }},
+    {"search_nan_idw", [] { return make_search<SmallMany, double>({5, 2, 150, 9, 40, kIdw, Numbers::kNaN}); }},
+    {"search_infinity", [] { return make_search<SmallFew, double>({5, 2, 150, 9, 4, false, Numbers::kInfinity}); }},
+    {"search_infinity_idw", [] { return make_search<SmallMany, float>({5, 2, 150, 9, 4, kIdw, Numbers::kInfinity}); }},
+    {"search_large_sums", [] { return make_search<SmallFew, float>({2, 2, 70, 4, 3, false, Numbers::kLargeSums}); }},
+    {"search_zero_distance",
+     [] { return make_search<SmallFew, float>({3, 2, 70, 4, 3, kIdw, Numbers::kZeroDistance}); }},
+    {"search_batch_rows",
+     [] { return make_search<SmallFew, float>({23, 1, 30, 8, 4, false, Numbers::kReal, 0, 7, 10, 2}); }},
+    {"search_batch_rows_many",
+     [] { return make_search<SmallMany, double>({18, 2, 30, 5, 4, kIdw, Numbers::kReal, 1, 6, 11, 3}); }},
+    {"search_no_places",
+     [] { return make_search<SmallFew, float>({3, 1, 30, 8, 4, false, Numbers::kReal, 0, 0, 0, 0, false}); }},
+    {"search_too_many_reads", [] { return make_too_many<float>(); }},
+    {"small_search_few", [] { return make_search<SmallFew, float>({17, 1, 70, 36, 2}); }},
+    {"small_search_many", [] { return make_search<SmallMany, float>({33, 1, 130, 20, 2, kIdw}); }},
+
+    {"topk_backward_float", [] { return make_backward<Sort, Normal, float>({20, 2, 9, 136, 5}); }},
+    {"topk_backward_double", [] { return make_backward<Sort, Normal, double>({20, 2, 9, 10, 5}); }},
+    {"topk_backward_idw_float", [] { return make_backward<Sort, Normal, float>({20, 2, 9, 136, 5, kIdw}); }},
+    {"topk_backward_idw_double", [] { return make_backward<Sort, Normal, double>({20, 1, 9, 70, 5, kIdw}); }},
+    {"topk_backward_odd_rows", [] { return make_backward<Small, Small, float>({9, 2, 7, 133, 3, kIdw}); }},
+    {"topk_backward_shifted",
+     [] { return make_backward<Small, Small, float>({9, 2, 7, 8, 3, false, Numbers::kReal, 1}); }},
+    {"topk_backward_33_reads", [] { return make_backward<Small, Small, double>({3, 2, 40, 3, 33, kIdw}); }},
+    {"topk_backward_128_reads", [] { return make_backward<Small, Small, float>({2, 1, 130, 4, 128}); }},
+    {"topk_backward_hot", [] { return make_backward<Small, Small, float>({300, 1, 2, 4, 2, kIdw}); }},
+    {"topk_backward_no_tokens", [] { return make_backward<Small, Small, float>({0, 2, 7, 8, 3}); }},
+    {"topk_backward_invalid",
+     [] { return make_backward<Small, Small, double>({9, 2, 7, 6, 3, false, Numbers::kReal, 0, 0, 0, 0, true, 10}); }},
+    {"topk_backward_invalid_idw",
+     [] { return make_backward<Small, Small, float>({9, 2, 7, 6, 3, kIdw, Numbers::kReal, 0, 0, 0, 0, true, 7}); }},
+    {"small_topk_backward", [] { return make_backward<Small, Small, float>({5, 1, 3, 8, 3, kIdw}); }},
+});
+
+}  // namespace
