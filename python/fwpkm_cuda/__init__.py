@@ -18,6 +18,7 @@ __all__ = [
     "Scan",
     "Usage",
     "__version__",
+    "check",
     "chunk_scan",
     "chunk_scan_",
     "commit_",
@@ -37,7 +38,7 @@ if load_error is None:
     from .fast_mlp import MLPMemory
     from .layers import PKM, FwMLP, FwPKM
     from .memory import Memory
-    from .ops import Scan, chunk_scan, chunk_scan_, commit_, product_key_topk, value_dot, value_gather
+    from .ops import Scan, check, chunk_scan, chunk_scan_, commit_, product_key_topk, value_dot, value_gather
     from .statistics import Usage, gate_histogram, random_usage, read_counts, usage
 else:  # importable all the same: `python -m fwpkm_cuda` says what is wrong
 

@@ -95,7 +95,7 @@ def architecture_built(major, minor):
 
 
 def library_path():
-    return str(HERE / "libfwpkm_cuda_ops.so")
+    return os.environ.get("FWPKM_LIBRARY") or str(HERE / "libfwpkm_cuda_ops.so")
 
 
 def library_state():

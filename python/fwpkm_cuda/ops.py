@@ -206,3 +206,27 @@ def commit_(values, sub_keys, scan: Scan, *, lr=1.0, weight_decay=0.0) -> None:
         values, sub_keys, scan.new_rows.detach(), scan.new_slots, scan.new_sub_keys.detach(), keep,
         scan.addressing_loss.shape[0],
     )  # fmt: skip
+
+
+# What kernels report: the bits of csrc/kernels/errors.cuh.
+REPORTS = {
+    1: "indices out of range: nothing was read or written there, and the results they touch are NaN",
+    2: "scores, targets or rows that were NaN or infinite: their tokens got NaN and were left out of every write",
+    4: "writes that would have overflowed: the old numbers were kept",
+}
+
+
+def check(device=None) -> None:
+    """Raises RuntimeError if CUDA kernels have met values that are wrong since the last call, and says which.
+
+    Kernels do not stop for a wrong value, for nobody waits for them: they give NaN, write nothing that is not finite, and
+    note the kind of error on their device. This call waits until all work queued on `device` (default: the current CUDA
+    device) is done, and clears the note. On the CPU a wrong value raises at once, and there is never anything to
+    report."""
+    if device is None:
+        device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
+    where = torch.empty(0, device=device)
+    errors = _ops.take_errors(where)
+    if errors:
+        found = "; ".join(text for bit, text in REPORTS.items() if errors & bit)
+        raise RuntimeError(f"check: kernels on {where.device} met {found}")
