@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import torch
+from inputs import here
 
 import fwpkm_cuda
 from fwpkm_cuda import reference
@@ -23,7 +24,8 @@ class Sizes(NamedTuple):
 
 
 def random(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return here(torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu").to(dtype))
 
 
 def scan_inputs(sizes=None, dtype=torch.float64, activation=None, seed=0):
@@ -90,7 +92,7 @@ def in_place(values, sub_keys, *inputs, **options):
 # ------------------------------------------------------------------------------------------------------- comparisons
 def bits(tensor):
     """The bytes of a tensor's entries: NaN equals NaN, 0.0 differs from -0.0."""
-    return tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    return tensor.detach().contiguous().flatten().view(torch.uint8).cpu().numpy().tobytes()
 
 
 def assert_same_bits(actual, expected, context=""):

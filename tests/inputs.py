@@ -1,24 +1,44 @@
-"""Random memories and tokens for the tests."""
+"""Random memories and tokens for the tests, on the default device (conftest.py)."""
 
 import pytest
 import torch
 
 
+def here(tensor):
+    """On the device of the test."""
+    return tensor.to(torch.get_default_device())
+
+
+def drawn_on_the_cpu(draw):
+    """torch.randn and the like, with the same numbers on every device."""
+
+    def random(*arguments, requires_grad=False, **options):
+        return here(draw(*arguments, **options, device="cpu")).requires_grad_(requires_grad)
+
+    return random
+
+
+randn, rand, randint = map(drawn_on_the_cpu, (torch.randn, torch.rand, torch.randint))
+
+
 def memory(H=2, P=6, K=8, V=5, dtype=torch.float64):
     """values (P*P, V), sub_keys (H, 2, P, K/2)"""
-    return torch.randn(P * P, V, dtype=dtype), torch.randn(H, 2, P, K // 2, dtype=dtype)
+    return randn(P * P, V, dtype=dtype), randn(H, 2, P, K // 2, dtype=dtype)
 
 
 def tokens(B=2, T=11, H=2, K=8, V=5, dtype=torch.float64):
     """query (B, T, H, K), target (B, T, V), loss_weights (B, T), mask (B, T)"""
-    query, target = torch.randn(B, T, H, K, dtype=dtype), torch.randn(B, T, V, dtype=dtype)
-    return query, target, torch.rand(B, T, dtype=dtype), torch.rand(B, T) > 0.3
+    query, target = randn(B, T, H, K, dtype=dtype), randn(B, T, V, dtype=dtype)
+    return query, target, rand(B, T, dtype=dtype), rand(B, T) > 0.3
 
 
 def needs_memory(gib):
-    """Skips the test, and says so, when less memory is free."""
-    with open("/proc/meminfo") as file:
-        free = next(int(line.split()[1]) for line in file if line.startswith("MemAvailable:")) / 2**20
+    """Skips the test, and says so, when less memory is free on its device."""
+    if torch.get_default_device().type == "cuda":
+        free = torch.cuda.mem_get_info()[0] / 2**30
+    else:
+        with open("/proc/meminfo") as file:
+            free = next(int(line.split()[1]) for line in file if line.startswith("MemAvailable:")) / 2**20
     if free < gib:
         pytest.skip(f"needs {gib} GiB of free memory, there are {free:.0f}")
 
@@ -31,6 +51,15 @@ def leaves(*tensors):
 def dense(t):
     return t.to_dense() if t.is_sparse else t
 
+
+# How far the results of two devices may be apart, by dtype (of the memory, or of half-precision activations). The sums
+# have the same terms in another order, and exp and log are not the same to the last bit.
+TOLERANCE = {
+    torch.float64: dict(rtol=1e-10, atol=1e-11),
+    torch.float32: dict(rtol=1e-3, atol=2e-5),
+    torch.bfloat16: dict(rtol=2**-6, atol=1e-3),
+    torch.float16: dict(rtol=2**-9, atol=1e-3),
+}
 
 # One setting per option of a scan that changes the mathematics; names are test ids.
 SCANS = {

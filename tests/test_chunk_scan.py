@@ -8,6 +8,8 @@ from torch.autograd import gradcheck
 import fwpkm_cuda
 from fwpkm_cuda import reference
 
+pytestmark = pytest.mark.usefixtures("device")
+
 DIFFERENTIABLE = ("out", "weights", "losses", "addressing_loss", "values", "sub_keys")
 
 
@@ -267,6 +269,7 @@ def test_half_precision_activations_with_a_float32_memory(dtype):
         assert x.dtype == dtype and torch.equal(x, y.to(dtype))
 
 
+@pytest.mark.cpu
 # ------------------------------------------------------------------------------------------- defects that once were
 def test_the_backward_operator_refuses_places_of_an_empty_log():
     inputs = memory() + tokens(T=3)
@@ -279,6 +282,7 @@ def test_the_backward_operator_refuses_places_of_an_empty_log():
         )
 
 
+@pytest.mark.cpu
 def test_a_large_step_behind_a_loss_of_zero_does_not_reach_the_memory():
     """The error's square underflows in float32, the error times its weight and the learning rate overflows."""
     values, sub_keys = torch.zeros(4, 2), torch.zeros(1, 2, 2, 1)

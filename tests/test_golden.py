@@ -16,6 +16,8 @@ from released_stream import Queue, equals_our_stream, released_stream
 import fwpkm_cuda
 from fwpkm_cuda import reference
 
+pytestmark = pytest.mark.usefixtures("device")
+
 FWPKM = [golden for golden in GOLDEN if golden.config["kind"] == "fwpkm"]
 STREAM = [golden for golden in FWPKM if golden.config["mode"] == "stream"]
 CHUNKED = [golden for golden in FWPKM if golden.config["mode"] != "stream"]
@@ -91,6 +93,7 @@ def assert_memory(golden, values, sub_keys):
     assert_close("values1", values, a["values1"], tolerance, golden.rounding)
 
 
+@pytest.mark.cpu
 # ------------------------------------------------------------------------------------------------------- chunk mode
 def test_the_folder_holds_fwpkm_files():
     assert FWPKM, f"no golden file of kind fwpkm in {FOLDER}"
@@ -207,6 +210,7 @@ def test_our_stream_matches_every_array_where_the_schedules_agree(golden, scan):
     assert_stream(golden, feed, reference.Stream(*golden.inputs()[:2]))
 
 
+@pytest.mark.cpu
 # ---------------------------------------------------------------------------------------- where the schedules agree
 def test_schedules_agree_on_three_of_the_eight_shipped_streams():
     """Those whose calls are one chunk each; in the others some update ends a longer or a shorter piece."""
@@ -236,6 +240,7 @@ def test_our_stream_differs_where_the_schedules_do(golden, boundary):
     assert (state.values - expected).abs().max() > 1e-2 * expected.abs().max()
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize(
     "chunk_size, lookahead, segments, boundary",
     [
@@ -253,6 +258,7 @@ def test_schedules_agree_when_each_updating_piece_is_one_chunk(chunk_size, looka
     assert equals_our_stream({"chunk": chunk_size, "lookahead": lookahead, "segments": segments}) == boundary
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("masked", [False, True], ids=["no_mask", "mask"])
 @pytest.mark.parametrize("chunk_size, lookahead, tokens", [(2, 0, 5), (2, 1, 5), (3, 0, 6), (3, 1, 6), (3, 2, 6)])
 @torch.no_grad()

@@ -6,10 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from golden_files import GOLDEN, TOLERANCE, assert_close
+from inputs import randn
 from released_stream import Queue, pieces, released_stream
 
 import fwpkm_cuda
 from fwpkm_cuda.fast_mlp import MLPMemory, MLPWeights, mlp_loss, mlp_read, mlp_write
+
+pytestmark = pytest.mark.usefixtures("device")
 
 LAYERS = [golden for golden in GOLDEN if golden.config["kind"] == "layer"]
 PKMS = [golden for golden in GOLDEN if golden.config["kind"] == "pkm"]
@@ -210,7 +213,7 @@ def test_peer_variant_is_its_formula(sparse_grad):
     layer = fwpkm_cuda.PKM(
         6, key_dim=8, heads=2, topk=3, num_sub_keys=5, peer=True, sparse_grad=sparse_grad, dtype=torch.float64
     )
-    x = torch.randn(2, 7, 6, dtype=torch.float64, requires_grad=True)
+    x = randn(2, 7, 6, dtype=torch.float64, requires_grad=True)
     y, indices = layer(x, return_indices=True)
 
     query = layer.query_norm(layer.query_proj(x)).unflatten(-1, (2, 2, 4))
@@ -294,6 +297,7 @@ def test_fast_mlp_in_the_released_stream_matches_every_array(golden):
     assert_mlp_weights(golden, weights)
 
 
+@pytest.mark.cpu
 def test_every_file_of_a_layer_is_read_by_a_test():
     assert LAYERS and PKMS and MLPS
     assert {golden.config["kind"] for golden in GOLDEN} <= {"fwpkm", "layer", "pkm", "fwmlp"}

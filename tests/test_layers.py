@@ -9,12 +9,14 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from inputs import SCANS, dense
+from inputs import SCANS, dense, rand, randn
 from torch.autograd import gradcheck
 
 import fwpkm_cuda
 from fwpkm_cuda import PKM, FwMLP, FwPKM, Memory, reference
 from fwpkm_cuda.layers import RMSNorm, normalize
+
+pytestmark = pytest.mark.usefixtures("device")
 
 SIZES = dict(key_dim=4, value_dim=3, topk=2, num_sub_keys=4, chunk_size=3)
 MLP_SIZES = dict(query_dim=4, value_dim=3, hidden_units=5, chunk_size=3)
@@ -33,11 +35,11 @@ def randomized(module):
 
 
 def fwpkm(dtype=torch.float64, **options):
-    return randomized(FwPKM(WIDTH, **SIZES | options)).to(dtype)
+    return randomized(FwPKM(WIDTH, **SIZES | options, device="cpu")).to(torch.get_default_device(), dtype)
 
 
 def hidden_states(B=2, T=8, dtype=torch.float64):
-    return torch.randn(B, T, WIDTH, dtype=dtype)
+    return randn(B, T, WIDTH, dtype=dtype)
 
 
 def bits(memory):
@@ -125,7 +127,7 @@ def test_fwpkm_is_its_composition(heads, gate, target_norm, query_norm):
 
 @pytest.mark.parametrize("name", LAYER_SCANS)
 def test_fwpkm_hands_every_option_to_the_scan(name):
-    assert_layer_is_composition(dict(heads=2), LAYER_SCANS[name], torch.rand(2, 8) > 0.3)
+    assert_layer_is_composition(dict(heads=2), LAYER_SCANS[name], rand(2, 8) > 0.3)
 
 
 def test_fwpkm_hands_eps_to_the_scan_and_norm_eps_to_the_norms():
@@ -138,7 +140,7 @@ def test_fwpkm_of_few_tokens_is_its_composition(T):
 
 
 def test_the_released_layer_is_its_composition():
-    mask = torch.rand(2, 8) > 0.3
+    mask = rand(2, 8) > 0.3
     assert_layer_is_composition({}, dict(score="idw", write_rule="release"), mask)
 
 
@@ -233,6 +235,7 @@ def test_a_refused_call_leaves_a_learned_memory_with_its_parameters(method):
     assert layer.initial_values.grad is not None
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("name, value", [("seed", 1), ("device", "cpu"), ("dtype", torch.float64)])
 def test_a_learned_memory_takes_nothing(name, value):
     with pytest.raises(ValueError, match=name):
@@ -258,6 +261,7 @@ DEFAULTS = dict(
 )  # fmt: skip
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("released", [False, True], ids=["paper", "released"])
 def test_defaults_are_exactly_the_documented_ones(released):
     layer = FwPKM.released(WIDTH, device="meta") if released else FwPKM(WIDTH, device="meta")
@@ -271,6 +275,7 @@ def test_defaults_are_exactly_the_documented_ones(released):
     assert layer.gate_proj.weight.shape == (8, WIDTH) and layer.out_proj.weight.shape == (WIDTH, 512)
 
 
+@pytest.mark.cpu
 def test_released_takes_changes():
     changes = dict(SIZES, heads=2, score="dot", lookahead=2, gate="none", query_norm="l2", learned_initial_memory=True)
     layer = FwPKM.released(WIDTH, **changes)
@@ -281,6 +286,7 @@ def test_released_takes_changes():
         FwPKM.released(WIDTH, chunks=3)
 
 
+@pytest.mark.cpu
 def test_repr_names_every_option():
     text = repr(FwPKM(WIDTH, **SIZES, heads=2, temperature=0.25, gate="output"))
     for part in ("num_sub_keys=4", "key_dim=4", "value_dim=3", "heads=2", "temperature=0.25", "gate='output'"):
@@ -294,6 +300,7 @@ PROJECTIONS = [
 ]
 
 
+@pytest.mark.cpu
 def test_state_dict_holds_the_documented_parameters_and_no_memory():
     layer = FwPKM(WIDTH, **SIZES)
     layer(hidden_states(dtype=torch.float32), layer.new_memory())
@@ -373,6 +380,7 @@ class TestNewMemory:
             layer.new_memory(device="cpu")
 
 
+@pytest.mark.cpu
 def test_shapes_and_distribution_of_a_new_memory():
     memory = FwPKM(WIDTH, key_dim=64, value_dim=16, heads=2, num_sub_keys=32, topk=2).new_memory(seed=0)
     assert memory.values.shape == (1024, 16) and memory.sub_keys.shape == (2, 2, 32, 32)
@@ -380,6 +388,7 @@ def test_shapes_and_distribution_of_a_new_memory():
     assert memory.sub_keys.abs().max() <= 64**-0.5 and memory.sub_keys.abs().mean() > 0.45 * 64**-0.5
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("options", [dict(), dict(learned_initial_memory=True)], ids=["plain", "learned"])
 def test_a_layer_can_be_made_without_storage(options):
     """As large models are: on the meta device, then to_empty and load_state_dict."""
@@ -494,7 +503,7 @@ def test_read_passes_that_cannot_be():
 @pytest.mark.parametrize("options", [dict(), dict(boundary="carry", lookahead=2), dict(score="idw", heads=2)], ids=str)
 def test_a_flushed_stream_has_the_bits_of_forward_and_commit(options, dtype):
     layer, hidden = fwpkm(dtype, **options), hidden_states(T=11, dtype=dtype)
-    mask = torch.rand(2, 11) > 0.3
+    mask = rand(2, 11) > 0.3
     a, b = layer.new_memory(seed=0), layer.new_memory(seed=0)
     for _ in range(2):
         y = layer(hidden, a, mask)
@@ -544,7 +553,7 @@ def test_a_frozen_memory_gives_gradients_and_keeps_its_bits(learned):
     memory = Memory.random(4, 4, 3, dtype=torch.float64) if not learned else layer.new_memory()
     before = bits(memory)
     hidden = hidden_states().requires_grad_()
-    y = layer(hidden, memory.frozen(), torch.rand(2, 8) > 0.3)
+    y = layer(hidden, memory.frozen(), rand(2, 8) > 0.3)
     assert memory.pending is None
     y.sum().backward()
     assert hidden.grad.abs().max() > 0 and layer.query_proj.weight.grad.abs().max() > 0
@@ -584,7 +593,7 @@ def test_autocast(method):
     layer, hidden = fwpkm(torch.float32), hidden_states(dtype=torch.float32)
     memory, other = layer.new_memory(seed=0), layer.new_memory(seed=0)
     expected = layer(hidden, other)
-    with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(method == "forward"):
+    with torch.autocast(hidden.device.type, torch.bfloat16), torch.set_grad_enabled(method == "forward"):
         y, details = getattr(layer, method)(hidden, memory, return_details=True)
     assert details.gates.dtype == details.losses.dtype == details.weights.dtype == memory.dtype == torch.float32
     assert (y.float() - expected).norm() < 0.1 * expected.norm()
@@ -599,7 +608,7 @@ def test_autocast(method):
 @pytest.mark.parametrize("input_dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_rms_norm(dtype, input_dtype):
     norm = randomized(RMSNorm(5, 1e-3)).to(dtype)
-    x = torch.randn(2, 3, 5).to(input_dtype)
+    x = randn(2, 3, 5).to(input_dtype)
     y = norm(x)
     assert y.dtype == dtype and y.shape == x.shape
     expected = rms({"norm.weight": norm.weight.double()}, "norm", x.double(), 1e-3)
@@ -613,8 +622,8 @@ def test_rms_norm_has_the_range_of_float32_in_a_float16_layer():
 
 
 def test_gradcheck_of_the_norms():
-    x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    x = randn(3, 5, dtype=torch.float64, requires_grad=True)
+    weight = randn(5, dtype=torch.float64, requires_grad=True)
     norm = RMSNorm(5, dtype=torch.float64)
     assert gradcheck(lambda x, w: torch.func.functional_call(norm, {"weight": w}, (x,)), (x, weight))
     for kind in ("zscore", "l2", None):
@@ -624,7 +633,7 @@ def test_gradcheck_of_the_norms():
 @pytest.mark.parametrize("kind", ["zscore", "l2", None])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_normalize(kind, dtype):
-    x = torch.randn(2, 3, 5).to(dtype)
+    x = randn(2, 3, 5).to(dtype)
     y = normalize(x, kind)
     assert y.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     expected = zscore_or_l2(x.double(), kind)
@@ -655,6 +664,7 @@ def test_values_of_one_number(layer, sizes):
         layer(WIDTH, **sizes | dict(value_dim=1))
 
 
+@pytest.mark.cpu
 def test_query_halves_of_one_number():
     with pytest.raises(ValueError, match=r"key_dim.*zscore.*got 2|query_norm.*zscore.*key_dim.*got 2"):
         FwPKM(WIDTH, **SIZES | dict(key_dim=2), query_norm="zscore")
@@ -682,7 +692,7 @@ def pkm_composed(p, x, *, heads=2, topk=2, query_norm=True, swilu=True, gated=Fa
 
 
 def pkm(dtype=torch.float64, **options):
-    return randomized(PKM(WIDTH, 5, **PKM_SIZES | options)).to(dtype)
+    return randomized(PKM(WIDTH, 5, **PKM_SIZES | options, device="cpu")).to(torch.get_default_device(), dtype)
 
 
 @pytest.mark.parametrize("sparse_grad", [False, True], ids=["dense", "sparse"])
@@ -692,7 +702,7 @@ def pkm(dtype=torch.float64, **options):
 def test_pkm_is_its_composition(swilu, gated, query_norm, sparse_grad):
     options = dict(swilu=swilu, gated=gated, query_norm=query_norm)
     layer = pkm(**options, sparse_grad=sparse_grad, norm_eps=0.1)
-    x = torch.randn(2, 4, WIDTH, dtype=torch.float64, requires_grad=True)
+    x = randn(2, 4, WIDTH, dtype=torch.float64, requires_grad=True)
     y, indices = layer(x, return_indices=True)
     parameters = dict(layer.named_parameters())
     expected, expected_indices = pkm_composed(parameters, x, **options, norm_eps=0.1)
@@ -709,20 +719,20 @@ def test_pkm_is_its_composition(swilu, gated, query_norm, sparse_grad):
 
 @pytest.mark.parametrize("options", [dict(), dict(swilu=False, gated=True, query_norm=False)], ids=["default", "gated"])
 def test_gradcheck_of_pkm(options):
-    x = torch.randn(3, WIDTH, dtype=torch.float64)
+    x = randn(3, WIDTH, dtype=torch.float64)
     assert gradcheck_layer(pkm(**options), x, call=lambda layer, x: layer(x))
 
 
 def test_gradcheck_of_peer():
     layer = randomized(PKM(WIDTH, **PKM_SIZES, peer=True, dtype=torch.float64))
-    assert gradcheck_layer(layer, torch.randn(3, WIDTH, dtype=torch.float64), call=lambda layer, x: layer(x))
+    assert gradcheck_layer(layer, randn(3, WIDTH, dtype=torch.float64), call=lambda layer, x: layer(x))
 
 
 @pytest.mark.parametrize("peer", [False, True], ids=["values", "peer"])
 @pytest.mark.parametrize("shape", [(), (7,), (2, 3), (2, 3, 4), (0,), (2, 0), (0, 3)], ids=str)
 def test_pkm_takes_any_leading_dimensions(shape, peer):
     layer = PKM(WIDTH, **PKM_SIZES, peer=peer, gated=True, dtype=torch.float64)
-    x = torch.randn(*shape, WIDTH, dtype=torch.float64, requires_grad=True)
+    x = randn(*shape, WIDTH, dtype=torch.float64, requires_grad=True)
     y, indices = layer(x, return_indices=True)
     assert y.shape == x.shape and indices.shape == (*shape, 2, 2)
     flat, flat_indices = layer(x.reshape(-1, WIDTH), return_indices=True)
@@ -732,6 +742,7 @@ def test_pkm_takes_any_leading_dimensions(shape, peer):
     assert x.grad.shape == x.shape and all(p.grad is not None for p in layer.parameters())
 
 
+@pytest.mark.cpu
 def test_parameters_of_pkm():
     linears = [f"{name}_proj.{leaf}" for name in ("query", "out", "swilu", "gate") for leaf in ("weight", "bias")]
     layer = PKM(WIDTH, 5, **PKM_SIZES, gated=True)
@@ -744,6 +755,7 @@ def test_parameters_of_pkm():
     assert peer.values.shape == peer.up_values.shape == (16, WIDTH)
 
 
+@pytest.mark.cpu
 def test_defaults_of_pkm():
     layer = PKM(64, device="meta")
     assert layer.sub_keys.shape == (4, 2, 512, 256) and layer.values.shape == (512**2, 512) and layer.topk == 32
@@ -759,7 +771,7 @@ def test_tables_of_pkm_stay_float32(dtype, peer):
         tables = [p for n, p in layer.named_parameters() if n in layer.TABLES]
         assert len(tables) == 2 + peer and {p.dtype for p in tables} == {torch.float32}
         assert layer.query_proj.weight.dtype == dtype
-        y = layer(torch.randn(3, WIDTH, dtype=dtype))
+        y = layer(randn(3, WIDTH, dtype=dtype))
         assert y.dtype == dtype
         y.sum().backward()
         assert all(p.grad.dtype == p.dtype for p in layer.parameters())
@@ -768,9 +780,9 @@ def test_tables_of_pkm_stay_float32(dtype, peer):
 
 @pytest.mark.parametrize("options", [dict(), dict(peer=True), dict(gated=True, swilu=False)], ids=str)
 def test_pkm_under_autocast(options):
-    layer, x = PKM(WIDTH, **PKM_SIZES, **options), torch.randn(4, WIDTH)
+    layer, x = PKM(WIDTH, **PKM_SIZES, **options), randn(4, WIDTH)
     expected = layer(x)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(x.device.type, torch.bfloat16):
         y = layer(x)
     assert (y.float() - expected).norm() < 0.1 * expected.norm()
     y.sum().backward()
@@ -787,7 +799,7 @@ def test_pkm_is_reproducible_and_reset_draws_anew():
     a.reset_parameters()
     assert not torch.equal(a.values, before)
     twin = copy.deepcopy(b)
-    x = torch.randn(3, WIDTH)
+    x = randn(3, WIDTH)
     assert torch.equal(twin(x), b(x)) and twin.values is not b.values
 
 
@@ -817,6 +829,7 @@ CONSTRUCTORS = [
 ]
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize(
     "layer, sizes, name, value", CONSTRUCTORS, ids=[f"{c[0].__name__}-{c[2]}={c[3]!r}" for c in CONSTRUCTORS]
 )
@@ -825,6 +838,7 @@ def test_a_layer_refuses_options_when_it_is_made(layer, sizes, name, value):
         layer(WIDTH, **sizes | {name: value})
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("layer, sizes", [(FwPKM, SIZES), (FwMLP, MLP_SIZES)], ids=["FwPKM", "FwMLP"])
 @pytest.mark.parametrize("size", [0, -1, 6.0, True])
 def test_a_layer_refuses_a_hidden_size_that_is_none(layer, sizes, size):
@@ -832,11 +846,13 @@ def test_a_layer_refuses_a_hidden_size_that_is_none(layer, sizes, size):
         layer(size, **sizes)
 
 
+@pytest.mark.cpu
 def test_carry_with_a_lookahead_beyond_the_chunk_is_refused_when_the_layer_is_made():
     with pytest.raises(ValueError, match="lookahead: expected at most chunk_size"):
         FwPKM(WIDTH, **SIZES, boundary="carry", lookahead=4)
 
 
+@pytest.mark.cpu
 def test_peer_takes_one_size():
     with pytest.raises(ValueError, match=r"output_dim: expected input_dim = 6 .*got 5"):
         PKM(WIDTH, 5, **PKM_SIZES, peer=True)
@@ -868,6 +884,7 @@ BAD_CALLS = {  # arguments of a call, and what the message must say of it
 }  # fmt: skip
 
 
+@pytest.mark.cpu
 @torch.no_grad()
 @pytest.mark.parametrize("case", BAD_CALLS)
 @pytest.mark.parametrize("method", ["forward", "stream"])
@@ -878,13 +895,14 @@ def test_a_refused_call_names_its_argument_and_leaves_the_memory(layer, sizes, m
     for streamed in (0, 2) if method == "stream" else (0,):
         memory = layer.new_memory(seed=0)
         if streamed:
-            layer.stream(torch.randn(2, streamed, WIDTH), memory, yes(2, streamed))
+            layer.stream(randn(2, streamed, WIDTH), memory, yes(2, streamed))
         before = state(memory)
         with pytest.raises(REFUSED, match=match):
             getattr(layer, method)(hidden, memory, yes(2, 5) if mask is None else mask, **options)
         assert equal(state(memory), before)
 
 
+@pytest.mark.cpu
 @torch.no_grad()
 @pytest.mark.parametrize("method", ["forward", "stream"])
 @pytest.mark.parametrize(
@@ -903,6 +921,7 @@ def test_a_memory_of_other_sizes_is_refused(layer, sizes, other, method):
     assert equal(state(memory), before)
 
 
+@pytest.mark.cpu
 @torch.no_grad()
 @pytest.mark.parametrize("method", ["forward", "stream"])
 @pytest.mark.parametrize("kind", ["None", "of the other layer", "float64"])
@@ -923,6 +942,7 @@ def test_a_memory_of_another_kind_is_refused(layer, sizes, kind, method):
     assert memory is None or equal(state(memory), before)
 
 
+@pytest.mark.cpu
 @torch.no_grad()
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("method", ["forward", "stream"])
@@ -930,7 +950,7 @@ def test_a_memory_of_another_kind_is_refused(layer, sizes, kind, method):
 def test_nothing_that_is_not_finite_reaches_a_memory(layer, sizes, method, value):
     layer = layer(WIDTH, **sizes)
     memory = layer.new_memory(seed=0)
-    hidden = torch.randn(1, 7, WIDTH)
+    hidden = randn(1, 7, WIDTH)
     hidden[0, 4, 2] = value
     before = state(memory)
     with pytest.raises(RuntimeError, match="expected finite"):

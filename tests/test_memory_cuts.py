@@ -5,9 +5,12 @@ import random
 import pytest
 import torch
 from inputs import memory as random_memory
+from inputs import rand, randn
 
 import fwpkm_cuda
 from fwpkm_cuda import Memory, reference
+
+pytestmark = pytest.mark.usefixtures("device")
 
 T, CHUNK, H, P, K, V = 1024, 64, 1, 16, 8, 16
 OPTIONS = dict(topk=4, chunk_size=CHUNK)
@@ -22,8 +25,8 @@ def make(dtype=torch.float32, B=1):
     """(values, sub_keys), (query, target, loss_weights, mask)"""
     torch.manual_seed(5)
     values, sub_keys = random_memory(H, P, K, V, dtype)
-    tokens = (torch.randn(B, T, H, K, dtype=dtype), torch.randn(B, T, V, dtype=dtype), torch.rand(B, T, dtype=dtype))
-    return (values / 4, sub_keys), (*tokens, torch.rand(B, T) > 0.2)
+    tokens = (randn(B, T, H, K, dtype=dtype), randn(B, T, V, dtype=dtype), rand(B, T, dtype=dtype))
+    return (values / 4, sub_keys), (*tokens, rand(B, T) > 0.2)
 
 
 def random_cut(generator):

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from inputs import leaves, memory
+from inputs import leaves, memory, randint, randn
 from torch.autograd import gradcheck
 
 import fwpkm_cuda
 from fwpkm_cuda import reference
+
+pytestmark = pytest.mark.usefixtures("device")
 
 SHAPES = [(1, 1, 1, 2, 1), (7, 2, 6, 8, 3), (3, 1, 40, 34, 40), (33, 4, 65, 16, 8), (2, 1, 300, 6, 128)]
 
@@ -20,7 +22,7 @@ def shape_id(s):
 def test_scores_and_slots_match_the_reference(shape, score):
     N, H, P, K, R = shape
     _, sub_keys = memory(H, P, K)
-    query = torch.randn(N, H, K, dtype=torch.float64)
+    query = randn(N, H, K, dtype=torch.float64)
     scores, indices = fwpkm_cuda.product_key_topk(query, sub_keys, R, score)
     expected = reference.product_key_topk(query, sub_keys, R, score)
     torch.testing.assert_close(scores, expected.scores, rtol=1e-12, atol=1e-12)
@@ -32,7 +34,7 @@ def test_scores_and_slots_match_the_reference(shape, score):
 def test_selection_is_as_good_as_float64s(dtype):
     """In float32 another slot may win only where scores are equal to float32's accuracy."""
     _, sub_keys = memory(2, 64, 64, dtype=torch.float32)
-    query = torch.randn(50, 2, 64).to(dtype)
+    query = randn(50, 2, 64).to(dtype)
     for score in ("dot", "idw"):
         scores, indices = fwpkm_cuda.product_key_topk(query, sub_keys, 8, score)
         exact = reference.product_key_topk(query.double(), sub_keys.double(), 8, score)
@@ -45,8 +47,8 @@ def test_ties_go_to_the_smaller_sub_key_then_to_the_smaller_slot():
     """Small integers: every score is exact, so ties are too."""
     for seed in range(20):
         torch.manual_seed(seed)
-        sub_keys = torch.randint(-1, 2, (2, 2, 7, 3)).float()
-        query = torch.randint(-1, 2, (12, 2, 6)).float()
+        sub_keys = randint(-1, 2, (2, 2, 7, 3)).float()
+        query = randint(-1, 2, (12, 2, 6)).float()
         scores, indices = fwpkm_cuda.product_key_topk(query, sub_keys, 4)
         expected = reference.product_key_topk(query, sub_keys, 4)
         assert torch.equal(scores, expected.scores)
@@ -61,7 +63,7 @@ def test_all_sub_keys_equal():
 def test_a_tokens_result_does_not_depend_on_the_rest_of_the_call():
     """The same bits for one token, an odd number of tokens and many: one order of summation over K."""
     _, sub_keys = memory(2, 37, 70, dtype=torch.float32)
-    query = torch.randn(101, 2, 70)
+    query = randn(101, 2, 70)
     for score in ("dot", "idw"):
         scores, indices = fwpkm_cuda.product_key_topk(query, sub_keys, 5, score)
         for part in (query.split(1), query.split(3), query.split(34)):
@@ -73,7 +75,7 @@ def test_a_tokens_result_does_not_depend_on_the_rest_of_the_call():
 @pytest.mark.parametrize("score", ["dot", "idw"])
 def test_gradients_exist_and_are_exact(score):
     _, sub_keys = memory(2, 5, 6)
-    query, sub_keys = leaves(torch.randn(2, 4, 2, 6, dtype=torch.float64), sub_keys)
+    query, sub_keys = leaves(randn(2, 4, 2, 6, dtype=torch.float64), sub_keys)
     assert gradcheck(lambda q, k: fwpkm_cuda.product_key_topk(q, k, 3, score)[0], (query, sub_keys))
     mine = torch.autograd.grad(fwpkm_cuda.product_key_topk(query, sub_keys, 3, score)[0].cos().sum(), (query, sub_keys))
     other = torch.autograd.grad(
@@ -85,7 +87,7 @@ def test_gradients_exist_and_are_exact(score):
 
 
 def test_idw_gradient_is_regular_at_distance_zero():
-    sub_keys = torch.randn(1, 2, 4, 3, dtype=torch.float64)
+    sub_keys = randn(1, 2, 4, 3, dtype=torch.float64)
     query = torch.cat((sub_keys[0, 0, 1], sub_keys[0, 1, 2])).view(1, 1, 6).requires_grad_()
     scores, indices = fwpkm_cuda.product_key_topk(query, sub_keys, 1, "idw")
     (gradient,) = torch.autograd.grad(scores.sum(), query)
@@ -94,7 +96,7 @@ def test_idw_gradient_is_regular_at_distance_zero():
 
 
 def test_a_second_derivative_is_refused():
-    query, sub_keys = leaves(torch.randn(2, 1, 4), torch.randn(1, 2, 3, 2))
+    query, sub_keys = leaves(randn(2, 1, 4), randn(1, 2, 3, 2))
     scores, _ = fwpkm_cuda.product_key_topk(query, sub_keys, 2)
     (gradient,) = torch.autograd.grad(scores.square().sum(), query, create_graph=True)
     with pytest.raises(RuntimeError, match="product_key_topk is differentiable once"):
@@ -111,13 +113,14 @@ def test_idw_ties_are_ties_of_the_distance():
     assert torch.equal(indices.flatten(), torch.tensor([5, 6, 7], dtype=torch.int32)), "sub-keys 1, 3, 2, by slot"
 
 
+@pytest.mark.cpu
 def test_a_sum_of_scores_that_overflows_is_refused():
     with pytest.raises(RuntimeError, match="expected finite scores"):
         fwpkm_cuda.product_key_topk(torch.ones(1, 1, 2), torch.full((1, 2, 2, 1), 2e38), 1)
 
 
 def test_the_backward_operator_refuses_indices_without_reads():
-    query, sub_keys = torch.randn(2, 1, 4), torch.randn(1, 2, 3, 2)
+    query, sub_keys = randn(2, 1, 4), randn(1, 2, 3, 2)
     nothing = torch.zeros(2, 1, 0)
     with pytest.raises(RuntimeError, match="topk: expected 1 <= topk"):
         torch.ops.fwpkm.product_key_topk_backward(nothing, query, sub_keys, nothing.int(), "dot", 1e-3)

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
-from inputs import BASE, DEFAULTS, SCANS, leaves, memory, tokens
+from inputs import BASE, DEFAULTS, SCANS, leaves, memory, rand, randint, randn, tokens
 from torch.library import opcheck
 
 import fwpkm_cuda
+
+pytestmark = pytest.mark.usefixtures("device")
 
 OPS = torch.ops.fwpkm
 
@@ -22,12 +24,12 @@ def positional(options):
 
 def topk_inputs():
     _, sub_keys = memory(dtype=torch.float32)
-    return leaves(torch.randn(7, 2, 8), sub_keys)
+    return leaves(randn(7, 2, 8), sub_keys)
 
 
 def gather_inputs():
-    values, weights = leaves(torch.randn(36, 5), torch.rand(4, 3))
-    return values, torch.randint(0, 36, (4, 3), dtype=torch.int32), weights
+    values, weights = leaves(randn(36, 5), rand(4, 3))
+    return values, randint(0, 36, (4, 3), dtype=torch.int32), weights
 
 
 def check(op, *arguments):
@@ -47,7 +49,7 @@ def test_opcheck_product_key_topk():
 
 def test_opcheck_value_gather():
     values, indices, weights = gather_inputs()
-    dout = torch.randn(4, 5, requires_grad=True)
+    dout = randn(4, 5, requires_grad=True)
     check(OPS.value_gather, values, indices, weights)
     check(OPS.value_gather, values.detach(), indices, weights, True)
     check(OPS.value_gather_dvalues, dout, indices, weights, 36)
@@ -116,6 +118,7 @@ class Reader(torch.nn.Module):
         return scan.out + 1, fwpkm_cuda.value_gather(self.values, indices, scores.softmax(-1))
 
 
+@pytest.mark.cpu
 def test_export_and_aot_inductor(tmp_path):
     """One export for every length above a chunk; the AOTInductor package finds the operators without Python code."""
     model = Reader()
@@ -135,8 +138,8 @@ def test_autocast_leaves_the_memory_in_float32():
     """A bfloat16 model over a float32 memory: the projections are cast, the memory is not."""
     values, sub_keys = memory(dtype=torch.float32)
     project = torch.nn.Linear(16, 16)
-    hidden = torch.randn(2, 11, 16)
-    with torch.autocast("cpu", torch.bfloat16):
+    hidden = randn(2, 11, 16)
+    with torch.autocast(hidden.device.type, torch.bfloat16):
         query = project(hidden)
         assert query.dtype == torch.bfloat16
         scan = fwpkm_cuda.chunk_scan(values, sub_keys, query.view(2, 11, 2, 8), query[..., :5], **BASE)

@@ -2,19 +2,21 @@
 
 import pytest
 import torch
-from inputs import dense, leaves, needs_memory
+from inputs import dense, leaves, needs_memory, randint, randn
 from torch.autograd import gradcheck, gradgradcheck
 
 import fwpkm_cuda
 from fwpkm_cuda import reference
+
+pytestmark = pytest.mark.usefixtures("device")
 
 SHAPES = [(1, 1, 1, 1), (9, 3, 7, 4), (5, 2, 1, 17), (40, 6, 130, 33), (12, 1, 5, 64)]
 
 
 def make(shape, dtype=torch.float64, index_dtype=torch.int32):
     S, N, R, V = shape
-    values, weights = torch.randn(S, V, dtype=dtype), torch.randn(N, R, dtype=dtype)
-    return values, torch.randint(0, S, (N, R)).to(index_dtype), weights
+    values, weights = randn(S, V, dtype=dtype), randn(N, R, dtype=dtype)
+    return values, randint(0, S, (N, R)).to(index_dtype), weights
 
 
 def shape_id(s):
@@ -84,7 +86,7 @@ def test_a_sparse_gradient_has_one_row_per_slot_read():
 
 def test_value_dot_is_the_derivative_by_the_weights():
     values, indices, _ = make((6, 4, 3, 5))
-    values, vector = leaves(values, torch.randn(4, 5, dtype=values.dtype))
+    values, vector = leaves(values, randn(4, 5, dtype=values.dtype))
     for sparse_grad in (False, True):
         out = fwpkm_cuda.value_dot(values, indices, vector, sparse_grad)
         expected = (vector.unsqueeze(-2) * values[indices.long()]).sum(-1)
@@ -97,7 +99,7 @@ def test_value_dot_is_the_derivative_by_the_weights():
 
 
 def test_leading_dimensions_are_kept():
-    values = torch.randn(9, 4)
+    values = randn(9, 4)
     out = fwpkm_cuda.value_gather(values, torch.zeros(2, 3, 1, 5, dtype=torch.int32), torch.ones(2, 3, 1, 5))
     assert out.shape == (2, 3, 1, 4)
     torch.testing.assert_close(out, 5 * values[0].expand(2, 3, 1, 4))
