@@ -1,7 +1,8 @@
-# make demo | build | test | test-full | sanitize | lint | format | wheel | test-matrix | clean
+# make demo | build | test | test-full | sanitize | lint | format | wheel | test-matrix | kernel-table | gpu-check | clean
 # Everything runs in the virtual environment .venv, which is made on first use and renewed when its inputs change.
 #   PYTHON=python3.12       the Python it is made from (3.10 or newer)
 #   TORCH=torch==2.11.0     the PyTorch it gets, in the words of pip install
+#   ARGUMENTS=--check       options of the scripts behind kernel-table and gpu-check
 # and the variables of setup.py: FWPKM_WITH_CUDA=OFF, FWPKM_CUDA_ARCHS=90a-real, MAX_JOBS=2, ...
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -19,10 +20,10 @@ BUILD_INPUTS = $(shell find csrc cmake _build -type f ! -path '*/__pycache__/*')
   CMakeLists.txt setup.py pyproject.toml python/fwpkm_cuda/_version.py
 # A change of a variable counts as a change of an input.
 SETTINGS = $(PYTHON) $(TORCH) $(BUILD_TOOLS) $(EXTRAS)
-BUILD_VARIABLES = CXX CXXFLAGS CMAKE_ARGS $(filter-out FWPKM_TEST_FULL FWPKM_CPU_CAPABILITY,$(filter FWPKM_%,$(.VARIABLES)))
+BUILD_VARIABLES = CXX CXXFLAGS CMAKE_ARGS $(filter-out FWPKM_TEST_FULL FWPKM_CPU_CAPABILITY FWPKM_LIBRARY,$(filter FWPKM_%,$(.VARIABLES)))
 BUILD_SETTINGS = $(foreach name,$(sort $(BUILD_VARIABLES)),$(name)=$($(name)))
 
-.PHONY: demo build test test-full sanitize lint format wheel test-matrix clean FORCE
+.PHONY: demo build test test-full sanitize lint format wheel test-matrix kernel-table gpu-check clean FORCE
 .DELETE_ON_ERROR:
 
 demo: $(BUILD)
@@ -56,6 +57,14 @@ wheel: $(ENVIRONMENT)
 
 test-matrix: $(ENVIRONMENT)
 	$(BIN)/python scripts/test_matrix.py
+
+kernel-table: $(ENVIRONMENT)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python scripts/kernel_table.py $(ARGUMENTS)
+
+# It builds for this machine's GPU alone: the next target that wants a build must not take that one for its own.
+gpu-check: $(ENVIRONMENT)
+	rm -f $(BUILD)
+	$(BIN)/python scripts/gpu_check.py $(ARGUMENTS)
 
 clean:
 	rm -rf build dist .make python/*.egg-info python/fwpkm_cuda/*.so

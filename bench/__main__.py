@@ -2,9 +2,9 @@
 
 import argparse
 
-from bench import capability, cpu
+from bench import accuracy, capability, cpu
 
-COMMANDS = {"cpu": cpu, "capability": capability}
+COMMANDS = {"cpu": cpu, "accuracy": accuracy, "capability": capability}
 
 
 def main():

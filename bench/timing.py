@@ -1,4 +1,4 @@
-"""How the benchmarks measure: repeated runs, memory of the process, and what machine it was."""
+"""How the benchmarks measure: repeated runs, memory, on which machine. The one place of it, for CPU and GPU."""
 
 import datetime
 import os
@@ -8,9 +8,18 @@ import subprocess
 import sys
 import time
 
+SMI = ("driver_version", "power.limit", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem")
+
+
+def summary(times):
+    """Of times in ms."""
+    t = sorted(times)
+    at = lambda share: t[min(len(t) - 1, int(share * len(t)))]
+    return {"min": t[0], "q1": at(0.25), "median": at(0.5), "q3": at(0.75), "max": t[-1], "repeats": len(t)}
+
 
 def milliseconds(function, repeats=9, warm_up=1):
-    """{"min", "median", "max", "repeats"} of the wall time of function(), in ms."""
+    """`summary` of the wall time of function(), in ms."""
     return milliseconds_in_turn({"": function}, repeats, warm_up)[""]
 
 
@@ -23,10 +32,151 @@ def milliseconds_in_turn(functions, repeats=9, warm_up=1):
             function()
             if i >= warm_up:
                 times[name].append(1e3 * (time.perf_counter() - start))
-    summary = lambda t: {"min": t[0], "median": t[len(t) // 2], "max": t[-1], "repeats": repeats}
-    return {name: summary(sorted(t)) for name, t in times.items()}
+    return {name: summary(t) for name, t in times.items()}
 
 
+# --------------------------------------------------------------------------------------------------- a device's clock
+class CpuMeter:
+    """Wall time, and the resident size of the process."""
+
+    cache_bytes = 32 << 20  # inputs that go round should be larger
+
+    def milliseconds(self, function, cold=True):
+        """Of one call. `cold` means something on a GPU only: inputs that go round are all there is on a CPU."""
+        start = time.perf_counter()
+        function()
+        return 1e3 * (time.perf_counter() - start)
+
+    def bytes_in_use(self):
+        return resident_bytes()
+
+    def forget_peak(self):
+        """From now on `peak_bytes` is that of what comes."""
+        try:
+            with open("/proc/self/clear_refs", "w") as file:
+                file.write("5")
+        except OSError:  # then the peak is that of the process since it began
+            pass
+
+    def peak_bytes(self):
+        with open("/proc/self/status") as file:
+            return next(1024 * int(line.split()[1]) for line in file if line.startswith("VmHWM"))
+
+    def release(self):
+        """Gives back what was freed."""
+
+    def facts(self):
+        return {}
+
+
+class CudaMeter:
+    """CUDA events, and PyTorch's allocator, which serves the operators as well."""
+
+    def __init__(self):
+        import torch
+
+        self.cuda = torch.cuda
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        self.cache_bytes = getattr(properties, "L2_cache_size", 64 << 20)
+        size = max(256 << 20, 4 * self.cache_bytes)
+        self._filler = torch.empty(size, dtype=torch.uint8, device="cuda")
+        self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def milliseconds(self, function, cold=True):
+        """Of one call, from its first kernel's start to its last one's end, with the gaps between them if the host is
+        slower than the GPU. `cold`: with nothing of use in the L2 cache; overwriting it gives the host a head start.
+        Otherwise right after a call that is not counted."""
+        if cold:
+            self._filler.zero_()
+        else:
+            function()
+        self._start.record()
+        result = function()
+        self._end.record()
+        self._end.synchronize()
+        del result
+        return self._start.elapsed_time(self._end)
+
+    def bytes_in_use(self):
+        self.cuda.synchronize()
+        return self.cuda.memory_allocated()
+
+    def forget_peak(self):
+        self.cuda.synchronize()
+        self.cuda.reset_peak_memory_stats()
+
+    def peak_bytes(self):
+        self.cuda.synchronize()
+        return self.cuda.max_memory_allocated()
+
+    def release(self):
+        self.cuda.synchronize()
+        self.cuda.empty_cache()
+
+    def facts(self):
+        """Name and clocks of the GPU."""
+        import torch
+
+        properties = self.cuda.get_device_properties(self.cuda.current_device())
+        facts = {
+            "gpu": properties.name,
+            "gpu_memory": properties.total_memory,
+            "gpu_l2_bytes": self.cache_bytes,
+            "multiprocessors": properties.multi_processor_count,
+            "cuda": torch.version.cuda,
+        }
+        return facts | gpu_state(f"GPU-{properties.uuid}")
+
+
+def gpu_state(uuid):
+    """Driver and clocks as nvidia-smi knows them; {} where it cannot be asked."""
+    ask = ["nvidia-smi", f"--query-gpu={','.join(SMI)}", "--format=csv,noheader"]
+    for command in ([*ask, "-i", uuid], ask):  # parts of a GPU are not found by their UUID
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        except (OSError, subprocess.SubprocessError):
+            continue
+        if lines := done.stdout.splitlines():
+            return dict(zip(SMI, (x.strip() for x in lines[0].split(",")), strict=False))
+    return {}
+
+
+def meter_of(device):
+    return CudaMeter() if device == "cuda" else CpuMeter()
+
+
+def in_turn(meter, functions, seconds, least=3, most=100, cold=True):
+    """{name: `summary`} of functions called in turn, each until it took `seconds` in all: `least` to `most` times."""
+    times, left = {name: [] for name in functions}, list(functions)
+    while left:
+        for name in tuple(left):
+            times[name].append(meter.milliseconds(functions[name], cold))
+            count = len(times[name])
+            if count >= most or (count >= least and sum(times[name]) >= 1e3 * seconds):
+                left.remove(name)
+    return {name: summary(t) for name, t in times.items()}
+
+
+def memory_of(meter, function):
+    """-> result, {"peak_bytes", "retained_bytes"} of one call, above what was there before it.
+
+    Retained is what is still there when the call ends, its result included; of a function that has `after_forward`
+    (a hook), what is there when it calls it: what a training step keeps for its backward pass."""
+    held = []
+    if hasattr(function, "after_forward"):
+        function.after_forward = lambda: held.append(meter.bytes_in_use())
+    before = meter.bytes_in_use()
+    meter.forget_peak()
+    result = function()
+    held.append(meter.bytes_in_use())
+    peak = meter.peak_bytes()
+    if hasattr(function, "after_forward"):
+        function.after_forward = None
+    above = lambda x: max(0, x - before)
+    return result, {"peak_bytes": above(peak), "retained_bytes": above(held[0])}
+
+
+# ------------------------------------------------------------------------------------------------ process and machine
 def resident_bytes():
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -45,8 +195,8 @@ def processor():
         return platform.processor()
 
 
-def machine(threads):
-    """What a figure is worth nothing without."""
+def machine(threads, meter=None):
+    """What a figure is worth nothing without; with a `CudaMeter` also the GPU."""
     import torch
 
     import fwpkm_cuda
@@ -62,4 +212,4 @@ def machine(threads):
         "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
         "date": datetime.date.today().isoformat(),
         "command": "python -m bench " + " ".join(sys.argv[1:]),
-    }
+    } | (meter.facts() if meter else {})

@@ -83,3 +83,50 @@ def test_a_folder_that_is_not_the_release_is_named(tmp_path, monkeypatch):
 
     with pytest.raises(SystemExit, match="expected the released repository"):
         release.load(tmp_path)
+
+
+def test_accuracy_is_a_table_with_a_section_per_device(tmp_path):
+    document, figures = tmp_path / "accuracy.md", tmp_path / "accuracy.json"
+    document.write_text("# Old\n\n## CPU\n\nold figures\n\n## CUDA\n\nanother machine's\n")
+    command = [sys.executable, "-m", "bench", "accuracy", "--quick", "--json", figures, "--markdown", document]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    text, report = document.read_text(), json.loads(figures.read_text())
+    assert "old figures" not in text and text.count("\n## CPU\n") == 1 and "## CUDA\n\nanother machine's" in text
+    assert "goal at most 2 times PyTorch's error: met by" in text and "goal at most 2" in done.stdout
+    assert len(report["cases"]) == 13 and report["machine"]["commit"]
+    for case, x in report["cases"].items():
+        assert f"### {case.rsplit(', ', 1)[0]}\n" in text
+        for result, of in x["errors"].items():
+            half = "float16" in case and result != "scores"
+            assert all(0 <= e < (1e-2 if half else 1e-5) for side in of.values() for e in side.values()), (case, result)
+
+
+def test_tokens_that_read_other_slots_are_counted_and_drawn_anew(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from bench import accuracy
+
+    draw = accuracy.Draw(0, torch.device("cpu"))
+    inputs = {"query": draw(1, 5, 1, 4), "sub_keys": draw(1, 2, accuracy.R + 1, 2)}
+    before = inputs["query"].clone()
+
+    def f(side, x):  # one side that is wrong about the third token for as long as it is the first that was drawn
+        found = accuracy.topk(side, x, "dot")[1].clone()
+        found[0, 2] += side == "ours" and torch.equal(x["query"][0, 2], before[0, 2])
+        return None, found
+
+    assert accuracy.settled(f, inputs, draw) == {"ours": 1, "torch": 0}
+    changed = (inputs["query"] != before).flatten(2).any(-1)
+    assert changed.tolist() == [[False, False, True, False, False]]
+
+
+def test_nearly_equal_sub_keys_at_the_cut_are_noticed(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from bench import accuracy
+
+    R = accuracy.R
+    keys = torch.arange(R + 2.0).view(1, 1, -1, 1).repeat(1, 2, 1, 2)
+    keys[0, 1, 1] = keys[0, 1, 2] + 1e-6  # of the ten, the eighth and the ninth most similar to a positive query
+    inputs = {"values": torch.zeros((R + 2) ** 2, 3), "sub_keys": keys, "query": torch.ones(1, 2, 1, 4)}
+    inputs["query"][0, 0, 0, 2:] = -1  # the first token turns the order round: its cut is elsewhere
+    inputs |= {"target": torch.zeros(1, 2, 3), "loss_weights": torch.ones(1, 2)}
+    assert accuracy.nearly_tied(inputs, "dot", 2).tolist() == [[False, True]]
