@@ -31,17 +31,20 @@ template <>
 struct Register<float> {
   typedef float type __attribute__((vector_size(FWPKM_REGISTER_BYTES)));
   typedef int32_t bits __attribute__((vector_size(FWPKM_REGISTER_BYTES)));
+  typedef float anywhere __attribute__((vector_size(FWPKM_REGISTER_BYTES), aligned(sizeof(float)), may_alias));
 };
 template <>
 struct Register<double> {
   typedef double type __attribute__((vector_size(FWPKM_REGISTER_BYTES)));
   typedef int64_t bits __attribute__((vector_size(FWPKM_REGISTER_BYTES)));
+  typedef double anywhere __attribute__((vector_size(FWPKM_REGISTER_BYTES), aligned(sizeof(double)), may_alias));
 };
 
 template <typename T>
 constexpr int64_t kLanes = 64 / sizeof(T);
 
-// A struct of native registers, because compilers keep a longer vector type in memory.
+// A struct of native registers, because compilers keep a longer vector type in memory. So they do with an array of Vec
+// that is filled by `= {}` or memcpy instead of assignments.
 template <typename T>
 struct Vec {
   typename Register<T>::type v[kRegisters];
@@ -65,7 +68,7 @@ template <typename T>
 FWPKM_INLINE Vec<T> load(const T* p) {
   Vec<T> v;
   for (int i = 0; i < kRegisters; ++i)
-    __builtin_memcpy(&v.v[i], p + i * (kLanes<T> / kRegisters), FWPKM_REGISTER_BYTES);
+    v.v[i] = *reinterpret_cast<const typename Register<T>::anywhere*>(p + i * (kLanes<T> / kRegisters));
   return v;
 }
 
@@ -79,7 +82,7 @@ FWPKM_INLINE Vec<T> load_partial(const T* p, int64_t n) {  // the lanes from n o
 template <typename T>
 FWPKM_INLINE void store(T* p, const Vec<T>& v) {
   for (int i = 0; i < kRegisters; ++i)
-    __builtin_memcpy(p + i * (kLanes<T> / kRegisters), &v.v[i], FWPKM_REGISTER_BYTES);
+    *reinterpret_cast<typename Register<T>::anywhere*>(p + i * (kLanes<T> / kRegisters)) = v.v[i];
 }
 
 template <typename T>
@@ -179,7 +182,9 @@ bool all_finite(const T* x, int64_t n) {
 // ---- scores ---------------------------------------------------------------------------------------------------------
 template <typename T, int N, int M, bool Distance>
 FWPKM_INLINE void score_tile(const T* q, int64_t q_stride, const T* keys, int64_t width, T* out, int64_t out_stride) {
-  Vec<T> acc[N][M] = {};
+  Vec<T> acc[N][M];
+  for (auto& row : acc)
+    for (auto& sum : row) sum = Vec<T>{};
   auto add = [&](auto load_at) __attribute__((always_inline)) {
     Vec<T> k[M];
     for (int j = 0; j < M; ++j) k[j] = load_at(keys + j * width);
@@ -300,7 +305,8 @@ bool largest(const T* scores, int64_t n, int64_t k, T* best, int32_t* index) {
 template <typename T, int N>
 FWPKM_INLINE void weighted_sum_columns(const T* const* rows, const T* minus, const T* weights, int64_t count, int64_t c,
                                        T* out) {
-  Vec<T> acc[N] = {};
+  Vec<T> acc[N];
+  for (auto& sum : acc) sum = Vec<T>{};
   for (int64_t r = 0; r < count; ++r)
     for (int v = 0; v < N; ++v) {
       Vec<T> x = load(rows[r] + c + v * kLanes<T>);
@@ -328,14 +334,17 @@ void weighted_sum(const T* const* rows, const T* minus, const T* weights, int64_
   store_partial(out + c, acc, width - c);
 }
 
-template <typename T, int N, bool Distance>
+template <typename T, int N, bool Distance, bool Minus>
 FWPKM_INLINE void dot_rows(const T* const* rows, const T* const* minus, const T* x, int64_t width, T* out) {
-  Vec<T> acc[N] = {};
+  Vec<T> acc[N];
+  for (auto& sum : acc) sum = Vec<T>{};
   auto add = [&](auto load_at) __attribute__((always_inline)) {
     const Vec<T> xv = load_at(x);
     for (int r = 0; r < N; ++r) {
       const Vec<T> row = load_at(rows[r]);
-      const Vec<T> d = Distance ? xv - row : minus ? xv - load_at(minus[r]) : xv;
+      Vec<T> d = xv;
+      if constexpr (Distance) d = xv - row;
+      if constexpr (Minus) d = xv - load_at(minus[r]);
       acc[r].add_product(d, Distance ? d : row);
     }
   };
@@ -346,22 +355,25 @@ FWPKM_INLINE void dot_rows(const T* const* rows, const T* const* minus, const T*
   for (int r = 0; r < N; ++r) out[r] = sum(acc[r]);
 }
 
-template <typename T, bool Distance>
+template <typename T, bool Distance, bool Minus>
 FWPKM_INLINE void all_dot_rows(const T* const* rows, const T* const* minus, int64_t count, const T* x, int64_t width,
                                T* out) {
   int64_t r = 0;
-  for (; r + 4 <= count; r += 4) dot_rows<T, 4, Distance>(rows + r, minus ? minus + r : minus, x, width, out + r);
-  for (; r < count; ++r) dot_rows<T, 1, Distance>(rows + r, minus ? minus + r : minus, x, width, out + r);
+  for (; r + 4 <= count; r += 4) dot_rows<T, 4, Distance, Minus>(rows + r, minus + r, x, width, out + r);
+  for (; r < count; ++r) dot_rows<T, 1, Distance, Minus>(rows + r, minus + r, x, width, out + r);
 }
 
 template <typename T>
 void dots(const T* const* rows, const T* const* minus, int64_t count, const T* x, int64_t width, T* out) {
-  all_dot_rows<T, false>(rows, minus, count, x, width, out);
+  if (minus)
+    all_dot_rows<T, false, true>(rows, minus, count, x, width, out);
+  else
+    all_dot_rows<T, false, false>(rows, nullptr, count, x, width, out);
 }
 
 template <typename T>
 void distances(const T* const* rows, int64_t count, const T* x, int64_t width, T* out) {
-  all_dot_rows<T, true>(rows, nullptr, count, x, width, out);
+  all_dot_rows<T, true, false>(rows, nullptr, count, x, width, out);
 }
 
 template <typename T>
