@@ -302,36 +302,73 @@ bool largest(const T* scores, int64_t n, int64_t k, T* best, int32_t* index) {
 }
 
 // ---- rows -----------------------------------------------------------------------------------------------------------
-template <typename T, int N>
-FWPKM_INLINE void weighted_sum_columns(const T* const* rows, const T* minus, const T* weights, int64_t count, int64_t c,
-                                       T* out) {
+// row_of(r): the r-th row. on_the_way(r, c, n): called where n vectors of it are read, from column c on.
+template <typename T, int N, bool Minus, typename RowOf, typename OnTheWay>
+FWPKM_INLINE void add_columns(const RowOf& row_of, const OnTheWay& on_the_way, const T* minus, const T* weights,
+                              int64_t count, int64_t c, T* out) {
   Vec<T> acc[N];
   for (auto& sum : acc) sum = Vec<T>{};
-  for (int64_t r = 0; r < count; ++r)
+  for (int64_t r = 0; r < count; ++r) {
+    const T* row = row_of(r) + c;
+    on_the_way(r, c, N);
     for (int v = 0; v < N; ++v) {
-      Vec<T> x = load(rows[r] + c + v * kLanes<T>);
-      if (minus) x = x - load(minus + c + v * kLanes<T>);
+      Vec<T> x = load(row + v * kLanes<T>);
+      if constexpr (Minus) x = x - load(minus + c + v * kLanes<T>);
       acc[v].add_product(weights[r], x);
     }
+  }
   for (int v = 0; v < N; ++v) store(out + c + v * kLanes<T>, acc[v]);
+}
+
+template <typename T, bool Minus, typename RowOf, typename OnTheWay>
+FWPKM_INLINE void add_rows(const RowOf& row_of, const OnTheWay& on_the_way, const T* minus, const T* weights,
+                           int64_t count, int64_t width, T* out) {
+  int64_t c = 0;
+  for (; c + kColumns * kLanes<T> <= width; c += kColumns * kLanes<T>)
+    add_columns<T, kColumns, Minus>(row_of, on_the_way, minus, weights, count, c, out);
+  if constexpr (kColumns > 4)
+    for (; c + 4 * kLanes<T> <= width; c += 4 * kLanes<T>)
+      add_columns<T, 4, Minus>(row_of, on_the_way, minus, weights, count, c, out);
+  for (; c + kLanes<T> <= width; c += kLanes<T>)
+    add_columns<T, 1, Minus>(row_of, on_the_way, minus, weights, count, c, out);
+  if (c == width) return;
+  Vec<T> acc = {};
+  for (int64_t r = 0; r < count; ++r) {
+    Vec<T> x = load_partial(row_of(r) + c, width - c);
+    if constexpr (Minus) x = x - load_partial(minus + c, width - c);
+    acc.add_product(weights[r], x);
+  }
+  store_partial(out + c, acc, width - c);
 }
 
 template <typename T>
 void weighted_sum(const T* const* rows, const T* minus, const T* weights, int64_t count, int64_t width, T* out) {
-  int64_t c = 0;
-  for (; c + kColumns * kLanes<T> <= width; c += kColumns * kLanes<T>)
-    weighted_sum_columns<T, kColumns>(rows, minus, weights, count, c, out);
-  for (; c + 4 * kLanes<T> <= width; c += 4 * kLanes<T>)
-    weighted_sum_columns<T, 4>(rows, minus, weights, count, c, out);
-  for (; c + kLanes<T> <= width; c += kLanes<T>) weighted_sum_columns<T, 1>(rows, minus, weights, count, c, out);
-  if (c == width) return;
-  Vec<T> acc = {};
-  for (int64_t r = 0; r < count; ++r) {
-    Vec<T> x = load_partial(rows[r] + c, width - c);
-    if (minus) x = x - load_partial(minus + c, width - c);
-    acc.add_product(weights[r], x);
+  const auto row_of = [&](int64_t r) __attribute__((always_inline)) { return rows[r]; };
+  const auto nothing = [](int64_t, int64_t, int) __attribute__((always_inline)) {};
+  if (minus)
+    add_rows<T, true>(row_of, nothing, minus, weights, count, width, out);
+  else
+    add_rows<T, false>(row_of, nothing, minus, weights, count, width, out);
+}
+
+// The processor fetches rows by itself only once they are being read. Asked for so many reads ahead, line by line as
+// the same lines of the present row are added, they come while there are sums to do.
+constexpr int64_t kReadsAhead = 16;
+
+template <typename T>
+void gather(const T* values, const int32_t* ids, const T* weights, int64_t n, int64_t count, int64_t width, T* out) {
+  const int64_t reads = n * count;
+  for (int64_t x = 0; x < n; ++x) {
+    const int64_t first = x * count;
+    const auto row_of = [&](int64_t r) __attribute__((always_inline)) { return values + ids[first + r] * width; };
+    const auto fetch = [&](int64_t r, int64_t c, int vectors) __attribute__((always_inline)) {
+      const int64_t ahead = first + r + kReadsAhead;
+      if (ahead >= reads) return;
+      const T* row = values + ids[ahead] * width + c;
+      for (int v = 0; v < vectors; ++v) __builtin_prefetch(row + v * kLanes<T>);
+    };
+    add_rows<T, false>(row_of, fetch, static_cast<const T*>(nullptr), weights + first, count, width, out + x * width);
   }
-  store_partial(out + c, acc, width - c);
 }
 
 template <typename T, int N, bool Distance, bool Minus>
@@ -430,7 +467,8 @@ void scaled(const T* x, T a, int64_t times, int64_t width, T* y) {
 
 template <typename T>
 constexpr Kernels<T> table() {
-  return {scores<T>, largest<T>, weighted_sum<T>, dots<T>, distances<T>, axpy<T>, step<T>, scaled<T>, all_finite<T>};
+  return {scores<T>,    largest<T>, weighted_sum<T>, gather<T>, dots<T>,
+          distances<T>, axpy<T>,    step<T>,         scaled<T>, all_finite<T>};
 }
 
 }  // namespace
