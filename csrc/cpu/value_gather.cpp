@@ -48,8 +48,8 @@ Tensor value_gather_cpu(const Tensor& values, const Tensor& indices, const Tenso
     T* op = out.mutable_data_ptr<T>();
     const int64_t tokens = width ? out.numel() / width : 0;
     torch::stable::parallel_for(0, tokens, kTokensPerTask, [&](int64_t begin, int64_t end) {
-      vector::kernels<T>().gather(vp, ip + begin * reads, wp + begin * reads, end - begin, reads, width,
-                                  op + begin * width);
+      vector::kernels<T>().gather(vp, ip + begin * reads, wp + begin * reads, end - begin, reads, (end - begin) * reads,
+                                  width, op + begin * width);
     });
   });
   return out;

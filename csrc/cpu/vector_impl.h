@@ -356,14 +356,14 @@ void weighted_sum(const T* const* rows, const T* minus, const T* weights, int64_
 constexpr int64_t kReadsAhead = 16;
 
 template <typename T>
-void gather(const T* values, const int32_t* ids, const T* weights, int64_t n, int64_t count, int64_t width, T* out) {
-  const int64_t reads = n * count;
+void gather(const T* values, const int32_t* ids, const T* weights, int64_t n, int64_t count, int64_t known,
+            int64_t width, T* out) {
   for (int64_t x = 0; x < n; ++x) {
     const int64_t first = x * count;
     const auto row_of = [&](int64_t r) __attribute__((always_inline)) { return values + ids[first + r] * width; };
     const auto fetch = [&](int64_t r, int64_t c, int vectors) __attribute__((always_inline)) {
       const int64_t ahead = first + r + kReadsAhead;
-      if (ahead >= reads) return;
+      if (ahead >= known) return;
       const T* row = values + ids[ahead] * width + c;
       for (int v = 0; v < vectors; ++v) __builtin_prefetch(row + v * kLanes<T>);
     };
