@@ -119,7 +119,7 @@ class ForwardScan {
         });
         if (!finite) odd_scores = t;
         for (const int64_t stop = t + n; t < stop; ++t)
-          if (!read_token(step, t, rows.data(), scratch.data(), decayed.empty() ? nullptr : decayed.data()))
+          if (!read_token(step, t, stop, rows.data(), scratch.data(), decayed.empty() ? nullptr : decayed.data()))
             odd_rows = t;
       }
     });
@@ -134,7 +134,8 @@ class ForwardScan {
                     "); the rows read are damaged or have diverged");
   }
 
-  bool read_token(const Step& step, int64_t t, const T** rows, T* scratch, T* decayed) {
+  // The slots of the tokens up to `known` have been found.
+  bool read_token(const Step& step, int64_t t, int64_t known, const T** rows, T* scratch, T* decayed) {
     const Token token = view_.token(step, t);
     const int64_t n = view_.reads;
     const int32_t* slots = slots_.data() + t * n;
@@ -153,7 +154,10 @@ class ForwardScan {
       std::memcpy(out_.indices.mutable_data_ptr<int32_t>() + row * n, slots, n * sizeof(int32_t));
       std::memcpy(out_.weights.mutable_data_ptr<T>() + row * n, a, n * sizeof(T));
     }
-    k_.weighted_sum(rows, nullptr, a, n, s_.width, out);
+    if (in_place_)  // rows of the next tokens are fetched on the way
+      k_.gather(values_, slots, a, 1, n, (known - t) * n, s_.width, out);
+    else
+      k_.weighted_sum(rows, nullptr, a, n, s_.width, out);
     if (token.i >= step.pairs) return true;
     T& loss = out_.losses.mutable_data_ptr<T>()[token.b * s_.pairs + step.pairs_before + token.i];
     T* b = o_.values_only ? nullptr : memory_terms_.data() + t * n;
@@ -222,6 +226,11 @@ class ForwardScan {
       lists_.for_each<T>(s_.width, error_of, weight_of,
                          [&](const auto& group, const auto& errors, const auto& weights, T* scratch) {
                            T* row = values_ + group.key * s_.width;
+                           // Rows to be written are anywhere in the memory: the next but one is fetched meanwhile.
+                           const auto& groups = lists_.groups();
+                           if (const size_t ahead = &group - groups.data() + 2; ahead < groups.size())
+                             for (int64_t c = 0; c < s_.width; c += int64_t(64 / sizeof(T)))
+                               __builtin_prefetch(values_ + groups[ahead].key * s_.width + c, 1);
                            step_row(group, errors, weights, scratch, row, row, nullptr);
                          });
       return;

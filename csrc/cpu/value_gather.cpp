@@ -1,6 +1,8 @@
 // torch.ops.fwpkm.value_gather and its derivatives on the CPU.
 #include "ops/value_gather.h"
 
+#include <type_traits>
+
 #include <torch/csrc/stable/library.h>
 
 #include "binding/dispatch.h"
@@ -16,8 +18,10 @@ constexpr int64_t kTokensPerTask = 16;
 // int32 copy of indices, every one checked to lie in [0, num_slots).
 Tensor checked_indices(const Tensor& indices, int64_t num_slots) {
   const auto check = [&](const auto* p) {
+    using Unsigned = std::make_unsigned_t<std::remove_cvref_t<decltype(*p)>>;  // a negative slot is a large one
+    const Unsigned end = Unsigned(num_slots);
     bool right = true;  // without a branch in the loop
-    for (int64_t i = 0, n = indices.numel(); i < n; ++i) right &= (p[i] >= 0) & (int64_t(p[i]) < num_slots);
+    for (int64_t i = 0, n = indices.numel(); i < n; ++i) right &= Unsigned(p[i]) < end;
     for (int64_t i = 0; !right; ++i)
       STD_TORCH_CHECK(p[i] >= 0 && int64_t(p[i]) < num_slots, "indices: expected slots in [0, ", num_slots, "), got ",
                       p[i], " at flat position ", i);
@@ -44,13 +48,8 @@ Tensor value_gather_cpu(const Tensor& values, const Tensor& indices, const Tenso
     T* op = out.mutable_data_ptr<T>();
     const int64_t tokens = width ? out.numel() / width : 0;
     torch::stable::parallel_for(0, tokens, kTokensPerTask, [&](int64_t begin, int64_t end) {
-      std::vector<const T*> rows(reads);
-      for (int64_t x = begin; x < end; ++x) {
-        for (int64_t r = 0; r < reads; ++r) rows[r] = vp + ip[x * reads + r] * width;
-        if (x + 1 < end)  // the processor finds the rest of a row by itself, its beginning not
-          for (int64_t r = 0; r < reads; ++r) __builtin_prefetch(vp + ip[(x + 1) * reads + r] * width);
-        vector::kernels<T>().weighted_sum(rows.data(), nullptr, wp + x * reads, reads, width, op + x * width);
-      }
+      vector::kernels<T>().gather(vp, ip + begin * reads, wp + begin * reads, end - begin, reads, (end - begin) * reads,
+                                  width, op + begin * width);
     });
   });
   return out;

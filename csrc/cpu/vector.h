@@ -21,6 +21,10 @@ struct Kernels {
   bool (*largest)(const T* scores, int64_t n, int64_t k, T* best, int32_t* index);
   // out = sum_r weights[r] * (rows[r] - minus), r in turn; minus may be null.
   void (*weighted_sum)(const T* const* rows, const T* minus, const T* weights, int64_t count, int64_t width, T* out);
+  // out[x] = sum_r weights[x][r] * values[ids[x][r]], r in turn, for n tokens x of `count` reads each. So many ids are
+  // `known`, more than n * count where the next call goes on behind this one: rows are fetched ahead.
+  void (*gather)(const T* values, const int32_t* ids, const T* weights, int64_t n, int64_t count, int64_t known,
+                 int64_t width, T* out);
   // out[r] = <x - minus[r], rows[r]>; minus may be null.
   void (*dots)(const T* const* rows, const T* const* minus, int64_t count, const T* x, int64_t width, T* out);
   // out[r] = |x - rows[r]|^2

@@ -31,17 +31,20 @@ template <>
 struct Register<float> {
   typedef float type __attribute__((vector_size(FWPKM_REGISTER_BYTES)));
   typedef int32_t bits __attribute__((vector_size(FWPKM_REGISTER_BYTES)));
+  typedef float anywhere __attribute__((vector_size(FWPKM_REGISTER_BYTES), aligned(sizeof(float)), may_alias));
 };
 template <>
 struct Register<double> {
   typedef double type __attribute__((vector_size(FWPKM_REGISTER_BYTES)));
   typedef int64_t bits __attribute__((vector_size(FWPKM_REGISTER_BYTES)));
+  typedef double anywhere __attribute__((vector_size(FWPKM_REGISTER_BYTES), aligned(sizeof(double)), may_alias));
 };
 
 template <typename T>
 constexpr int64_t kLanes = 64 / sizeof(T);
 
-// A struct of native registers, because compilers keep a longer vector type in memory.
+// A struct of native registers, because compilers keep a longer vector type in memory. So they do with an array of Vec
+// that is filled by `= {}` or memcpy instead of assignments.
 template <typename T>
 struct Vec {
   typename Register<T>::type v[kRegisters];
@@ -65,7 +68,7 @@ template <typename T>
 FWPKM_INLINE Vec<T> load(const T* p) {
   Vec<T> v;
   for (int i = 0; i < kRegisters; ++i)
-    __builtin_memcpy(&v.v[i], p + i * (kLanes<T> / kRegisters), FWPKM_REGISTER_BYTES);
+    v.v[i] = *reinterpret_cast<const typename Register<T>::anywhere*>(p + i * (kLanes<T> / kRegisters));
   return v;
 }
 
@@ -79,7 +82,7 @@ FWPKM_INLINE Vec<T> load_partial(const T* p, int64_t n) {  // the lanes from n o
 template <typename T>
 FWPKM_INLINE void store(T* p, const Vec<T>& v) {
   for (int i = 0; i < kRegisters; ++i)
-    __builtin_memcpy(p + i * (kLanes<T> / kRegisters), &v.v[i], FWPKM_REGISTER_BYTES);
+    *reinterpret_cast<typename Register<T>::anywhere*>(p + i * (kLanes<T> / kRegisters)) = v.v[i];
 }
 
 template <typename T>
@@ -179,7 +182,9 @@ bool all_finite(const T* x, int64_t n) {
 // ---- scores ---------------------------------------------------------------------------------------------------------
 template <typename T, int N, int M, bool Distance>
 FWPKM_INLINE void score_tile(const T* q, int64_t q_stride, const T* keys, int64_t width, T* out, int64_t out_stride) {
-  Vec<T> acc[N][M] = {};
+  Vec<T> acc[N][M];
+  for (auto& row : acc)
+    for (auto& sum : row) sum = Vec<T>{};
   auto add = [&](auto load_at) __attribute__((always_inline)) {
     Vec<T> k[M];
     for (int j = 0; j < M; ++j) k[j] = load_at(keys + j * width);
@@ -297,45 +302,86 @@ bool largest(const T* scores, int64_t n, int64_t k, T* best, int32_t* index) {
 }
 
 // ---- rows -----------------------------------------------------------------------------------------------------------
-template <typename T, int N>
-FWPKM_INLINE void weighted_sum_columns(const T* const* rows, const T* minus, const T* weights, int64_t count, int64_t c,
-                                       T* out) {
-  Vec<T> acc[N] = {};
-  for (int64_t r = 0; r < count; ++r)
+// row_of(r): the r-th row. on_the_way(r, c, n): called where n vectors of it are read, from column c on.
+template <typename T, int N, bool Minus, typename RowOf, typename OnTheWay>
+FWPKM_INLINE void add_columns(const RowOf& row_of, const OnTheWay& on_the_way, const T* minus, const T* weights,
+                              int64_t count, int64_t c, T* out) {
+  Vec<T> acc[N];
+  for (auto& sum : acc) sum = Vec<T>{};
+  for (int64_t r = 0; r < count; ++r) {
+    const T* row = row_of(r) + c;
+    on_the_way(r, c, N);
     for (int v = 0; v < N; ++v) {
-      Vec<T> x = load(rows[r] + c + v * kLanes<T>);
-      if (minus) x = x - load(minus + c + v * kLanes<T>);
+      Vec<T> x = load(row + v * kLanes<T>);
+      if constexpr (Minus) x = x - load(minus + c + v * kLanes<T>);
       acc[v].add_product(weights[r], x);
     }
+  }
   for (int v = 0; v < N; ++v) store(out + c + v * kLanes<T>, acc[v]);
 }
 
-template <typename T>
-void weighted_sum(const T* const* rows, const T* minus, const T* weights, int64_t count, int64_t width, T* out) {
+template <typename T, bool Minus, typename RowOf, typename OnTheWay>
+FWPKM_INLINE void add_rows(const RowOf& row_of, const OnTheWay& on_the_way, const T* minus, const T* weights,
+                           int64_t count, int64_t width, T* out) {
   int64_t c = 0;
   for (; c + kColumns * kLanes<T> <= width; c += kColumns * kLanes<T>)
-    weighted_sum_columns<T, kColumns>(rows, minus, weights, count, c, out);
-  for (; c + 4 * kLanes<T> <= width; c += 4 * kLanes<T>)
-    weighted_sum_columns<T, 4>(rows, minus, weights, count, c, out);
-  for (; c + kLanes<T> <= width; c += kLanes<T>) weighted_sum_columns<T, 1>(rows, minus, weights, count, c, out);
+    add_columns<T, kColumns, Minus>(row_of, on_the_way, minus, weights, count, c, out);
+  if constexpr (kColumns > 4)
+    for (; c + 4 * kLanes<T> <= width; c += 4 * kLanes<T>)
+      add_columns<T, 4, Minus>(row_of, on_the_way, minus, weights, count, c, out);
+  for (; c + kLanes<T> <= width; c += kLanes<T>)
+    add_columns<T, 1, Minus>(row_of, on_the_way, minus, weights, count, c, out);
   if (c == width) return;
   Vec<T> acc = {};
   for (int64_t r = 0; r < count; ++r) {
-    Vec<T> x = load_partial(rows[r] + c, width - c);
-    if (minus) x = x - load_partial(minus + c, width - c);
+    Vec<T> x = load_partial(row_of(r) + c, width - c);
+    if constexpr (Minus) x = x - load_partial(minus + c, width - c);
     acc.add_product(weights[r], x);
   }
   store_partial(out + c, acc, width - c);
 }
 
-template <typename T, int N, bool Distance>
+template <typename T>
+void weighted_sum(const T* const* rows, const T* minus, const T* weights, int64_t count, int64_t width, T* out) {
+  const auto row_of = [&](int64_t r) __attribute__((always_inline)) { return rows[r]; };
+  const auto nothing = [](int64_t, int64_t, int) __attribute__((always_inline)) {};
+  if (minus)
+    add_rows<T, true>(row_of, nothing, minus, weights, count, width, out);
+  else
+    add_rows<T, false>(row_of, nothing, minus, weights, count, width, out);
+}
+
+// The processor fetches rows by itself only once they are being read. Asked for so many reads ahead, line by line as
+// the same lines of the present row are added, they come while there are sums to do.
+constexpr int64_t kReadsAhead = 16;
+
+template <typename T>
+void gather(const T* values, const int32_t* ids, const T* weights, int64_t n, int64_t count, int64_t known,
+            int64_t width, T* out) {
+  for (int64_t x = 0; x < n; ++x) {
+    const int64_t first = x * count;
+    const auto row_of = [&](int64_t r) __attribute__((always_inline)) { return values + ids[first + r] * width; };
+    const auto fetch = [&](int64_t r, int64_t c, int vectors) __attribute__((always_inline)) {
+      const int64_t ahead = first + r + kReadsAhead;
+      if (ahead >= known) return;
+      const T* row = values + ids[ahead] * width + c;
+      for (int v = 0; v < vectors; ++v) __builtin_prefetch(row + v * kLanes<T>);
+    };
+    add_rows<T, false>(row_of, fetch, static_cast<const T*>(nullptr), weights + first, count, width, out + x * width);
+  }
+}
+
+template <typename T, int N, bool Distance, bool Minus>
 FWPKM_INLINE void dot_rows(const T* const* rows, const T* const* minus, const T* x, int64_t width, T* out) {
-  Vec<T> acc[N] = {};
+  Vec<T> acc[N];
+  for (auto& sum : acc) sum = Vec<T>{};
   auto add = [&](auto load_at) __attribute__((always_inline)) {
     const Vec<T> xv = load_at(x);
     for (int r = 0; r < N; ++r) {
       const Vec<T> row = load_at(rows[r]);
-      const Vec<T> d = Distance ? xv - row : minus ? xv - load_at(minus[r]) : xv;
+      Vec<T> d = xv;
+      if constexpr (Distance) d = xv - row;
+      if constexpr (Minus) d = xv - load_at(minus[r]);
       acc[r].add_product(d, Distance ? d : row);
     }
   };
@@ -346,22 +392,25 @@ FWPKM_INLINE void dot_rows(const T* const* rows, const T* const* minus, const T*
   for (int r = 0; r < N; ++r) out[r] = sum(acc[r]);
 }
 
-template <typename T, bool Distance>
+template <typename T, bool Distance, bool Minus>
 FWPKM_INLINE void all_dot_rows(const T* const* rows, const T* const* minus, int64_t count, const T* x, int64_t width,
                                T* out) {
   int64_t r = 0;
-  for (; r + 4 <= count; r += 4) dot_rows<T, 4, Distance>(rows + r, minus ? minus + r : minus, x, width, out + r);
-  for (; r < count; ++r) dot_rows<T, 1, Distance>(rows + r, minus ? minus + r : minus, x, width, out + r);
+  for (; r + 4 <= count; r += 4) dot_rows<T, 4, Distance, Minus>(rows + r, minus + r, x, width, out + r);
+  for (; r < count; ++r) dot_rows<T, 1, Distance, Minus>(rows + r, minus + r, x, width, out + r);
 }
 
 template <typename T>
 void dots(const T* const* rows, const T* const* minus, int64_t count, const T* x, int64_t width, T* out) {
-  all_dot_rows<T, false>(rows, minus, count, x, width, out);
+  if (minus)
+    all_dot_rows<T, false, true>(rows, minus, count, x, width, out);
+  else
+    all_dot_rows<T, false, false>(rows, nullptr, count, x, width, out);
 }
 
 template <typename T>
 void distances(const T* const* rows, int64_t count, const T* x, int64_t width, T* out) {
-  all_dot_rows<T, true>(rows, nullptr, count, x, width, out);
+  all_dot_rows<T, true, false>(rows, nullptr, count, x, width, out);
 }
 
 template <typename T>
@@ -418,7 +467,8 @@ void scaled(const T* x, T a, int64_t times, int64_t width, T* y) {
 
 template <typename T>
 constexpr Kernels<T> table() {
-  return {scores<T>, largest<T>, weighted_sum<T>, dots<T>, distances<T>, axpy<T>, step<T>, scaled<T>, all_finite<T>};
+  return {scores<T>,    largest<T>, weighted_sum<T>, gather<T>, dots<T>,
+          distances<T>, axpy<T>,    step<T>,         scaled<T>, all_finite<T>};
 }
 
 }  // namespace

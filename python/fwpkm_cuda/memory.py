@@ -15,7 +15,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from . import ops, storage
+from . import ops, pages, storage
 from .checks import check_whole
 
 
@@ -114,7 +114,7 @@ class FastWeights:
     @classmethod
     def _random(cls, sizes, seed, device, dtype):
         check_whole(**sizes)
-        tensors = (torch.empty(shape, device=device, dtype=dtype) for shape in cls.shapes(**sizes))
+        tensors = (pages.empty(shape, device, dtype) for shape in cls.shapes(**sizes))
         seed = int(torch.randint(2**62, (), device="cpu")) if seed is None else seed
         return cls(*tensors, seed=seed).reset()
 
@@ -153,7 +153,7 @@ class FastWeights:
         """Where the memory is written. If that fails, a learned initial memory is the parameters again."""
         before = dict(self._tensors)
         if self._is_learned():
-            self._tensors.update({name: t.detach().clone() for name, t in self._tensors.items()})
+            self._tensors.update({name: pages.copied(t) for name, t in self._tensors.items()})
         try:
             yield
         except BaseException:
@@ -363,7 +363,7 @@ class FastWeights:
         device = self.device if device is None else torch.device(device)
         twin._tensors = dict(self._tensors)
         if device != self.device or not self._is_learned():
-            twin._tensors = {name: t.detach().to(device, copy=True) for name, t in self._tensors.items()}
+            twin._tensors = {name: pages.copied(t, device) for name, t in self._tensors.items()}
         twin._queue = [Tokens(*(None if x is None else x.to(device, copy=True) for x in part)) for part in self._queue]
         twin.is_frozen = False
         return twin
@@ -428,7 +428,7 @@ class FastWeights:
             state = json.loads(metadata["state"])
             if state["kind"] != cls.KIND:
                 raise ValueError(f"expected a memory of kind {cls.KIND!r}, got {state['kind']!r}")
-            memory = cls(*(tensors[name].to(device) for name in cls.NAMES))
+            memory = cls(*(pages.copied(tensors[name], device) for name in cls.NAMES))
             memory.seed = state["seed"]
             queue = Tokens(*(tensors.get(f"pending.{name}") for name in Tokens._fields))
             if queue.query is not None:
