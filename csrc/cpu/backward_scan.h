@@ -275,7 +275,7 @@ class BackwardScan {
           const int32_t id = row_id_[group.key] - 1;
           T* drow = drows_.get() + id * width;
           RowState& state = row_step_[id];
-          k_.weighted_sum(rows.data(), nullptr, weights.data(), int64_t(rows.size()), width, sum);
+          ordered_sum<T>(rows, nullptr, weights, width, sum);
           if (second_order)
             for (int32_t i = group.first; i >= 0; i = slot_lists_.next(i))
               if (view_.has_pair(saved.step, view_.token(saved.step, i / n)))

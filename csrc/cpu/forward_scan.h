@@ -202,7 +202,7 @@ class ForwardScan {
     // The slot's row after this write; `scratch` of 2*V.
     const auto step_row = [&](const OrderedLists::Group& group, const auto& errors, const auto& weights, T* scratch,
                               const T* old, T* next, uint8_t* open) {
-      k_.weighted_sum(errors.data(), nullptr, weights.data(), int64_t(errors.size()), s_.width, scratch);
+      ordered_sum<T>(errors, nullptr, weights, s_.width, scratch);
       k_.step(old, scratch, T(view_.gamma(step, scale, lists_, group)), T(o_.lr), T(o_.grad_clip), s_.width, next,
               open);
     };
@@ -358,8 +358,7 @@ class ForwardScan {
         half, [&](int32_t l) { return view_.query_of(step, l); }, [&](int32_t l) { return alpha[l]; },
         [&](const OrderedLists::Group& group, const auto& rows, const auto& coefficients, T* sum) {
           const int64_t at = group.key * half;
-          k_.weighted_sum(rows.data(), idw ? keys_ + at : nullptr, coefficients.data(), int64_t(rows.size()), half,
-                          sum);
+          ordered_sum<T>(rows, idw ? keys_ + at : nullptr, coefficients, half, sum);
           k_.step(next + at, sum, T(1), T(o_.lr), T(o_.grad_clip), half, next + at,
                   open ? open + group.key * open_bytes : nullptr);
         });

@@ -186,7 +186,7 @@ class KeyGradients {
         [&](const OrderedLists::Group& group, const auto& rows, const auto& beta, T* sum) {
           const int64_t at = group.key * half_;
           const T* minus = idw ? saved.sub_keys + at : nullptr;
-          k_.weighted_sum(rows.data(), minus, beta.data(), int64_t(rows.size()), half_, sum);
+          ordered_sum<T>(rows, minus, beta, half_, sum);
           k_.axpy(T(1), sum, half_, dsub_keys_ + at);
           if (!idw || !through) return;
           T alpha = 0;

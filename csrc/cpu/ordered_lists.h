@@ -13,6 +13,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "binding/checks.h"
+#include "cpu/vector.h"
 
 namespace fwpkm {
 
@@ -111,5 +112,41 @@ class OrderedLists {
   std::vector<Group> groups_;
   std::vector<int32_t> next_;
 };
+
+// out = sum over i of coefficients[i] * (rows[i] - minus); minus may be null. Pieces of 32 terms, each in turn; then
+// groups of 32 sums of pieces, each in turn; then groups of their sums, until one is left, as the CUDA kernels add: in
+// one long chain the rounding errors of a row that many have read would grow with their number.
+template <typename T>
+void ordered_sum(const std::vector<const T*>& rows, const T* minus, const std::vector<T>& coefficients, int64_t width,
+                 T* out) {
+  constexpr int64_t kGroup = 32;
+  const int64_t count = int64_t(rows.size());
+  const auto& k = vector::kernels<T>();
+  if (count <= kGroup) return k.weighted_sum(rows.data(), minus, coefficients.data(), count, width, out);
+  std::vector<std::vector<T>> sums;  // of the group that is being added, by level
+  std::vector<int64_t> terms;        // in it
+  const auto add = [&](const T* sum, size_t level) {
+    if (level == sums.size()) {
+      sums.emplace_back(width);
+      terms.push_back(0);
+    }
+    if (terms[level]++ == 0)
+      std::copy_n(sum, width, sums[level].data());
+    else
+      k.axpy(T(1), sum, width, sums[level].data());
+  };
+  for (int64_t first = 0; first < count; first += kGroup) {
+    k.weighted_sum(rows.data() + first, minus, coefficients.data() + first, std::min(kGroup, count - first), width,
+                   out);
+    add(out, 0);
+    for (size_t level = 0; level < sums.size() && terms[level] == kGroup; ++level) {
+      add(std::vector<T>(sums[level]).data(), level + 1);
+      terms[level] = 0;
+    }
+  }
+  for (size_t level = 0; level + 1 < sums.size(); ++level)
+    if (terms[level]) add(std::vector<T>(sums[level]).data(), level + 1);
+  std::copy_n(sums.back().data(), width, out);
+}
 
 }  // namespace fwpkm

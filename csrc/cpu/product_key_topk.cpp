@@ -100,8 +100,7 @@ std::tuple<Tensor, Tensor> product_key_topk_backward_cpu(const Tensor& dscores, 
         0, [&](int32_t e) { return qp + e / topk * half; }, [&](int32_t e) { return beta[e]; },
         [&](const auto& group, const auto& rows, const auto& coefficients, T*) {
           const int64_t at = group.key * half;
-          v.weighted_sum(rows.data(), idw ? kp + at : nullptr, coefficients.data(), int64_t(rows.size()), half,
-                         dkp + at);
+          ordered_sum<T>(rows, idw ? kp + at : nullptr, coefficients, half, dkp + at);
         });
   });
   return {prepared(dquery, query.scalar_type()), dsub_keys};

@@ -73,8 +73,7 @@ Tensor value_gather_dvalues_cpu(const Tensor& dout, const Tensor& indices, const
     lists.for_each<T>(
         0, [&](int32_t i) { return dp + i / reads * width; }, [&](int32_t i) { return wp[i]; },
         [&](const auto& group, const auto& rows, const auto& coefficients, T*) {
-          vector::kernels<T>().weighted_sum(rows.data(), nullptr, coefficients.data(), int64_t(rows.size()), width,
-                                            out + group.key * width);
+          ordered_sum<T>(rows, nullptr, coefficients, width, out + group.key * width);
         });
   });
   return dvalues;
