@@ -1,6 +1,8 @@
 // The error word of each device (errors.h), and torch.ops.fwpkm.take_errors on CUDA: the one operator that waits.
 #include "cuda/errors.h"
 
+#include <atomic>
+
 #include "binding/stream.h"
 #include "binding/tensors.h"
 #include "kernels/errors.cuh"
@@ -28,9 +30,18 @@ int64_t take_errors_cuda(const Tensor& device) {
 
 }  // namespace
 
+// Asked of CUDA once per device: the question may load the library's code there, which a stream that is being captured
+// does not allow.
 unsigned* error_word() {
+  constexpr int kMostDevices = 64;
+  static std::atomic<unsigned*> known[kMostDevices];
+  int device = 0;
+  check_cuda(cudaGetDevice(&device), "error_word");
+  STD_TORCH_CHECK(device < kMostDevices, "device: expected a number below ", kMostDevices, ", got ", device);
+  if (unsigned* const address = known[device].load(std::memory_order_relaxed)) return address;
   void* address = nullptr;
   check_cuda(cudaGetSymbolAddress(&address, word), "error_word");
+  known[device].store(static_cast<unsigned*>(address), std::memory_order_relaxed);
   return static_cast<unsigned*>(address);
 }
 

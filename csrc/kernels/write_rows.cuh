@@ -91,13 +91,16 @@ __global__ void __launch_bounds__(Size::kThreads)
   }
 }
 
-// gamma of each list, at the place where it begins.
+// gamma of each list, at the place where it begins. counts: of count_reads, or null if all reads count.
 template <typename Size, typename T>
 __global__ void __launch_bounds__(Size::kThreads)
     step_sizes(OrderedLists lists, const int32_t* __restrict__ counts, WriteScale scale, T* __restrict__ gamma) {
   const int64_t step = int64_t(gridDim.x) * Size::kThreads;
-  for (int64_t p = int64_t(blockIdx.x) * Size::kThreads + threadIdx.x; p < lists.n; p += step)
-    if (lists.begin[p] == p) gamma[p] = T(scale.value() / double(counts[p] > 1 ? counts[p] : 1));
+  for (int64_t p = int64_t(blockIdx.x) * Size::kThreads + threadIdx.x; p < lists.n; p += step) {
+    if (lists.begin[p] != p) continue;
+    const int32_t count = counts ? counts[p] : end_of_list(lists, lists.key[p], int32_t(p)) - int32_t(p);
+    gamma[p] = T(scale.value() / double(count > 1 ? count : 1));
+  }
 }
 
 // How many pairs the mask keeps.
@@ -173,17 +176,19 @@ cudaError_t list_step_sizes(const OrderedLists& lists, const ScanView<T>& view, 
                             double per_pair, int32_t* counts, int32_t* pairs, T* gamma, cudaStream_t stream) {
   if (lists.n == 0) return cudaSuccess;
   const unsigned blocks = blocks_for<Size>(lists.n, Size::kThreads);
-  const bool count = per_pair != 0 && view.mask && view.pairs(chunk) > 0;
-  cudaError_t error = fill<Size>(counts, lists.n, 0, stream);
-  if (error == cudaSuccess)
+  const bool count_pairs_kept = per_pair != 0 && view.mask && view.pairs(chunk) > 0;
+  if (chunk.first == chunk.own) counts = nullptr;
+  cudaError_t error = cudaSuccess;
+  if (counts) error = fill<Size>(counts, lists.n, 0, stream);
+  if (counts && error == cudaSuccess)
     error = simt::launch(count_reads<Size, T>, blocks, Size::kThreads, stream, lists, view, chunk, counts);
-  if (error == cudaSuccess && count) error = fill<Size>(pairs, 1, 0, stream);
-  if (error == cudaSuccess && count)
+  if (count_pairs_kept && error == cudaSuccess) error = fill<Size>(pairs, 1, 0, stream);
+  if (count_pairs_kept && error == cudaSuccess)
     error = simt::launch(count_pairs<Size, T>, blocks_for<Size>(view.pairs(chunk), Size::kThreads), Size::kThreads,
                          stream, view, chunk, pairs);
   if (error == cudaSuccess)
     error = simt::launch(step_sizes<Size, T>, blocks, Size::kThreads, stream, lists, counts,
-                         WriteScale{constant, per_pair, count ? pairs : nullptr}, gamma);
+                         WriteScale{constant, per_pair, count_pairs_kept ? pairs : nullptr}, gamma);
   return error;
 }
 

@@ -165,16 +165,16 @@ T atomicExch(T* p, std::common_type_t<T> v) {
 inline const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaSuccess ? "no error" : error == cudaErrorInvalidConfiguration ? "invalid configuration" : "error";
 }
-inline cudaError_t cudaMemsetAsync(void* p, int byte, size_t size, cudaStream_t) {
-  std::memset(p, byte, size);
-  return cudaSuccess;
-}
 inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t size, cudaMemcpyKind, cudaStream_t) {
   std::memcpy(to, from, size);
   return cudaSuccess;
 }
 inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
 template <typename T>
 cudaError_t cudaGetSymbolAddress(void** address, T& symbol) {
   *address = &symbol;

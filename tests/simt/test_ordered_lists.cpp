@@ -9,6 +9,10 @@ namespace {
 using namespace testing;
 using namespace fwpkm::kernels;
 
+struct ManyTiles : Small {
+  static constexpr int kFewTiles = 1;
+};
+
 // Keys below num_keys, the lower ones more often; every 17th outside the range if `invalid`.
 template <typename Size, typename Index>
 Run make_lists(int32_t n, int32_t num_keys, bool invalid) {
@@ -56,7 +60,10 @@ const Register kCases({
     {"ordered_lists_largest_key", [] { return make_lists<Small, int32_t>(130, 2147483647, false); }},
     {"ordered_lists_one_entry", [] { return make_lists<Small, int64_t>(1, 1, false); }},
     {"ordered_lists_none", [] { return make_lists<Small, int64_t>(0, 1, false); }},
-    {"small_ordered_lists", [] { return make_lists<Small, int32_t>(300, 40, true); }},
+    {"ordered_lists_many_tiles", [] { return make_lists<ManyTiles, int32_t>(900, 70000, true); }},
+    {"ordered_lists_power_of_two", [] { return make_lists<Small, int32_t>(500, 1024, true); }},
+    {"small_ordered_lists", [] { return make_lists<Small, int32_t>(300, 300, true); }},
+    {"small_many_tiles", [] { return make_lists<ManyTiles, int32_t>(300, 40, true); }},
 });
 
 }  // namespace
