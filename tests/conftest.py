@@ -1,4 +1,4 @@
-"""Shared by all tests: the devices that they run on, and FWPKM_TEST_FULL=1 (make test-full), which adds the long versions.
+"""Shared by all tests: the devices they run on, and FWPKM_TEST_FULL=1 (make test-full), which adds the long versions.
 
 `pytest -m gpu` runs what runs on a GPU; without one it is not there. A test module that says
 
@@ -19,13 +19,14 @@ def pytest_configure(config):  # here, not in pyproject.toml: the tests also run
     config.addinivalue_line("markers", "full: long versions, run by make test-full")
     config.addinivalue_line("markers", "gpu: runs on a GPU")
     config.addinivalue_line(
-        "markers", "cpu: for the CPU alone, where a wrong value raises at once, or of nothing that depends on the device"
+        "markers",
+        "cpu: for the CPU alone, where a wrong value raises at once, or of nothing that depends on the device",
     )
 
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if "full" in item.keywords and not FULL:
+        if "full" in item.keywords and "gpu" not in item.keywords and not FULL:  # long on the CPU, not on a GPU
             item.add_marker(pytest.mark.skip(reason="long version: FWPKM_TEST_FULL=1, or make test-full"))
 
 

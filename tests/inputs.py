@@ -35,6 +35,7 @@ def tokens(B=2, T=11, H=2, K=8, V=5, dtype=torch.float64):
 def needs_memory(gib):
     """Skips the test, and says so, when less memory is free on its device."""
     if torch.get_default_device().type == "cuda":
+        torch.cuda.empty_cache()
         free = torch.cuda.mem_get_info()[0] / 2**30
     else:
         with open("/proc/meminfo") as file:
@@ -56,9 +57,9 @@ def dense(t):
 # have the same terms in another order, and exp and log are not the same to the last bit.
 TOLERANCE = {
     torch.float64: dict(rtol=1e-10, atol=1e-11),
-    torch.float32: dict(rtol=1e-3, atol=2e-5),
-    torch.bfloat16: dict(rtol=2**-6, atol=1e-3),
-    torch.float16: dict(rtol=2**-9, atol=1e-3),
+    torch.float32: dict(rtol=2e-4, atol=5e-6),
+    torch.bfloat16: dict(rtol=2**-6, atol=2e-4),
+    torch.float16: dict(rtol=2**-9, atol=2e-4),
 }
 
 # One setting per option of a scan that changes the mathematics; names are test ids.

@@ -967,6 +967,7 @@ def test_a_stream_is_refused_where_gradients_are_recorded():
     assert equal(state(memory), before)
 
 
+@pytest.mark.cpu
 @torch.no_grad()
 @pytest.mark.parametrize("width", [0, 5, 7])
 def test_pkm_refuses_another_width(width):

@@ -93,6 +93,17 @@ def test_library_damaged(tmp_path):
     assert found["library"]["state"].startswith("not loaded (")
 
 
+def test_another_library(tmp_path, monkeypatch):
+    copy = shutil.copy(PACKAGE / "libfwpkm_cuda_ops.so", tmp_path / "another.so")
+    monkeypatch.setenv("FWPKM_LIBRARY", str(copy))
+    found = json.loads(run("--json"))
+    assert found["library"] == {"path": str(copy), "state": "loaded"}
+    assert found["operators"]["chunk_scan"]["CPU"].startswith("C++ kernel")
+    monkeypatch.setenv("FWPKM_LIBRARY", str(tmp_path / "missing.so"))
+    state = json.loads(run("--json"))["library"]["state"]
+    assert state.startswith("not loaded (") and "FWPKM_LIBRARY" in state and "missing.so" in state
+
+
 def test_build_module_missing(tmp_path):
     """As in the wheel for all Python versions."""
     found = json.loads(run("--json", path=[copy_of_package(tmp_path, ["_C*"])]))

@@ -72,14 +72,19 @@ reason = missing()
 pytestmark = pytest.mark.skipif(reason is not None, reason=str(reason))
 
 
+def build(*settings, target="all"):
+    """Brings a target of tests/simt up to date."""
+    environment = dict(os.environ, PATH=f"{Path(tool('ninja')).parent}{os.pathsep}{os.environ.get('PATH', '')}")
+    source = ["-S", ROOT / "tests" / "simt", "-B", BUILD, "-G", "Ninja", f"-DCUDA_INCLUDE={cuda_include()}", *settings]
+    for command in (source, ["--build", BUILD, "-j", "2", "--target", target]):
+        result = subprocess.run([tool("cmake"), *command], capture_output=True, text=True, env=environment)
+        assert result.returncode == 0, result.stdout + result.stderr
+
+
 @pytest.fixture(scope="module")
 def programs():
     """{"plain": ..., "asan": ..., "tsan": ...}, brought up to date."""
-    environment = dict(os.environ, PATH=f"{Path(tool('ninja')).parent}{os.pathsep}{os.environ.get('PATH', '')}")
-    source = ["-S", ROOT / "tests" / "simt", "-B", BUILD, "-G", "Ninja", f"-DCUDA_INCLUDE={cuda_include()}"]
-    for command in ([*source], ["--build", BUILD, "-j", "2"]):
-        result = subprocess.run([tool("cmake"), *command], capture_output=True, text=True, env=environment)
-        assert result.returncode == 0, result.stdout + result.stderr
+    build()
     return {name: BUILD / f"simt_{name}" for name in ("plain", "asan", "tsan")}
 
 

@@ -219,10 +219,10 @@ REPORTS = {
 def check(device=None) -> None:
     """Raises RuntimeError if CUDA kernels have met values that are wrong since the last call, and says which.
 
-    Kernels do not stop for a wrong value, for nobody waits for them: they give NaN, write nothing that is not finite, and
-    note the kind of error on their device. This call waits until all work queued on `device` (default: the current CUDA
-    device) is done, and clears the note. On the CPU a wrong value raises at once, and there is never anything to
-    report."""
+    Kernels do not stop for a wrong value, because nobody waits for them: they give NaN, write nothing that is not
+    finite, and note the kind of error on their device. This call waits until all work queued on `device` (default: the
+    current CUDA device) is done, and clears the note. On the CPU a wrong value raises at once, and there is never
+    anything to report."""
     if device is None:
         device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
     where = torch.empty(0, device=device)

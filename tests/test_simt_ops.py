@@ -1,0 +1,96 @@
+"""The CUDA operators on the CPU: csrc/cuda, wrappers and kernels, compiled by the host compiler (tests/simt) into a
+library that registers them for CPU tensors. The tests of the operators run with it in place of the real library.
+
+Left out: what is marked `cpu`, for a wrong value does not raise in the CUDA code; and what takes long where every CUDA
+thread is a fiber."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_simt import BUILD, ROOT, build, missing
+
+reason = missing()
+pytestmark = pytest.mark.skipif(reason is not None, reason=str(reason))
+
+# Test file: which of its tests (as pytest's -k). All of them together take two minutes.
+RUNS = {
+    "test_value_gather.py": "",
+    "test_product_key_topk.py": "",
+    "test_chunk_scan.py": "not gradcheck and not threads",
+    "test_golden.py": "operators and not dense",
+    "test_golden_layers.py": "test_layer_matches or pkm",
+    "test_memory_cuts.py": "half or (streams and (drop-dot or carry-idw)) or give_the_bits_of_a_stream",
+    "test_layers.py": "(composition and output_and_loss) or option or stream or learned or read_passes or frozen",
+    "test_gpu.py": "not agree or float32 or default",
+}
+# The same under AddressSanitizer and UndefinedBehaviorSanitizer: sizes of buffers are the wrappers' business.
+SANITIZED = {
+    "test_value_gather.py": "",
+    "test_product_key_topk.py": "not exact",
+    "test_chunk_scan.py": "(reference or in_place) and not gradcheck and not threads",
+    "test_gpu.py": "not agree or float32 or default",
+}
+
+
+@pytest.fixture(scope="module")
+def library():
+    """Brings a variant of the library up to date and returns its path."""
+
+    def built(target):
+        build(f"-DFWPKM_TORCH_DIR={Path(torch.__file__).parent}", target=target)
+        return BUILD / f"libfwpkm_{target}.so"
+
+    return built
+
+
+def python(library, *words, **environment):
+    """Runs Python with the library in place of the real one, on a machine that has no GPU; returns what it printed."""
+    environment = dict(
+        os.environ, FWPKM_LIBRARY=str(library), OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", **environment
+    )
+    result = subprocess.run(
+        [sys.executable, *words], env=environment, cwd=ROOT, capture_output=True, text=True, errors="replace"
+    )
+    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-8000:]
+    return result.stdout
+
+
+def run(library, file, selection, **environment):
+    words = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not cpu", "-k", selection]
+    assert " passed" in python(library, *words, Path(__file__).parent / file, **environment)
+
+
+@pytest.mark.parametrize("file", RUNS)
+def test_the_cuda_operators_pass(library, file):
+    run(library("simt_ops"), file, RUNS[file])
+
+
+def test_every_cuda_operator_is_in_the_library(library):
+    """Under the key of the CPU: no file of csrc/cuda registers its operators in another way than binding/stream.h's."""
+    sources = [path.read_text() for path in (ROOT / "csrc" / "cuda").glob("*.cu")]
+    names = [name for text in sources for name in re.findall(r'm\.impl\("(\w+)"', text)]
+    code = (
+        "import torch, fwpkm_cuda\n"
+        f"for name in {names}:\n"
+        "    print(name, *map(int, [torch._C._dispatch_has_kernel_for_dispatch_key('fwpkm::' + name, key)"
+        " for key in ('CPU', 'CUDA')]))"
+    )
+    assert len(names) >= 4
+    assert python(library("simt_ops"), "-c", code).splitlines() == [f"{name} 1 0" for name in names]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("file", SANITIZED)
+def test_the_cuda_operators_under_sanitizers(library, file):
+    compiler = os.environ.get("CXX", "c++")
+    paths = [
+        subprocess.run([compiler, f"-print-file-name=lib{name}.so"], capture_output=True, text=True, check=True).stdout
+        for name in ("asan", "ubsan")
+    ]
+    options = {"ASAN_OPTIONS": "detect_leaks=0", "LD_PRELOAD": " ".join(path.strip() for path in paths)}
+    run(library("simt_ops_asan"), file, SANITIZED[file], **options)
