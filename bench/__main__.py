@@ -2,9 +2,16 @@
 
 import argparse
 
-from bench import accuracy, capability, cpu
+from bench import accuracy, capability, compare, cpu, ops, table
 
-COMMANDS = {"cpu": cpu, "accuracy": accuracy, "capability": capability}
+COMMANDS = {
+    "cpu": cpu,
+    "ops": ops,
+    "compare": compare,
+    "table": table,
+    "accuracy": accuracy,
+    "capability": capability,
+}
 
 
 def main():

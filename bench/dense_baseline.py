@@ -63,7 +63,9 @@ def addressing_loss(s, topk):
     return (pbar * (pbar + 1e-8).log()).sum()
 
 
-def dense_scan(values, sub_keys, query, target, loss_weights, *, topk, chunk_size, score, lr=1.0):
+def dense_scan(
+    values, sub_keys, query, target, loss_weights, *, topk, chunk_size, score, lr=1.0, addressing_weight=1.0
+):
     """values (S, V), sub_keys (1, 2, P, K/2), query (B, T, 1, K), target (B, T, V), loss_weights (B, T) ->
     out (B, T, V), values, sub_keys. Under no_grad as the release in eval mode, else differentiable as in train mode."""
     train, outs = torch.is_grad_enabled(), []
@@ -79,7 +81,9 @@ def dense_scan(values, sub_keys, query, target, loss_weights, *, topk, chunk_siz
             out = Bag.apply(v, slots, z.softmax(-1)).unflatten(0, (B, n))
             loss = (g[:, :pairs] * (out[:, :pairs] - t[:, 1:]).square().mean(-1)).mean() / 2
             (dv,) = torch.autograd.grad(loss, v, create_graph=train, retain_graph=True)
-            (dk,) = torch.autograd.grad(addressing_loss(s, topk), k, create_graph=train, retain_graph=train)
+            (dk,) = torch.autograd.grad(
+                addressing_weight * addressing_loss(s, topk), k, create_graph=train, retain_graph=train
+            )
             counts = torch.bincount(slots.flatten(), minlength=values.shape[0]).clamp(min=1).to(dv.dtype)
             values = v - lr * (dv * (B * n * values.shape[1] * topk) / counts.unsqueeze(-1))
             sub_keys = k - lr * dk

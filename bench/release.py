@@ -1,7 +1,7 @@
-"""Runs the released FwPKM code, from a folder that the user names, on the CPU.
+"""Runs the released FwPKM code, from a folder that the user names.
 
-Its embedding bag has a backward pass for GPUs alone (Triton); an equal function in PyTorch takes its place, and
-`triton` is stood in for if it is missing. Nothing else is changed.
+Its embedding bag has a backward pass for GPUs alone (Triton). On the CPU an equal function in PyTorch takes its place,
+and `triton` is stood in for if it is missing. Nothing else is changed, and on a GPU nothing at all.
 """
 
 import importlib
@@ -39,8 +39,8 @@ def triton_or_a_stand_in():
             del sys.modules[name]
 
 
-def load(folder):
-    """The released class FastWeightProductKeyMemory."""
+def load(folder, device="cpu"):
+    """The released class FastWeightProductKeyMemory, for one kind of device in a process."""
     package = Path(folder) / "src" / "models" / "fwpkm"
     if not (package / "fwpkm.py").is_file():
         raise SystemExit(
@@ -51,13 +51,14 @@ def load(folder):
     sys.modules["released_fwpkm"] = released
     with triton_or_a_stand_in():
         wrapper = importlib.import_module("released_fwpkm.xformer_embeddingbag_grad_wrapper")
-        wrapper.embedding_bag_bw_rev_indices = embedding_bag_backward
+        if device == "cpu":
+            wrapper.embedding_bag_bw_rev_indices = embedding_bag_backward
         return importlib.import_module("released_fwpkm.fwpkm").FastWeightProductKeyMemory
 
 
 def make(folder, values, sub_keys, topk, score):
     """A released memory with these weights."""
-    module = load(folder)(
+    module = load(folder, values.device.type)(
         mem_k_dim=2 * sub_keys.shape[3],
         mem_v_dim=values.shape[1],
         mem_heads=sub_keys.shape[0],
@@ -68,7 +69,7 @@ def make(folder, values, sub_keys, topk, score):
     with torch.no_grad():
         module.keys.copy_(sub_keys.reshape(module.keys.shape))
         module.values.copy_(values)
-    return module
+    return module.to(values.device)
 
 
 def run(module, query, target, loss_weights, chunk_size):

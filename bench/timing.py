@@ -37,30 +37,17 @@ def milliseconds_in_turn(functions, repeats=9, warm_up=1):
 
 # --------------------------------------------------------------------------------------------------- a device's clock
 class CpuMeter:
-    """Wall time, and the resident size of the process."""
+    """Wall time. No memory: the allocator and the operators keep what is freed, so one call shows nothing; bench/cpu.py
+    gives every contestant a process of its own for that."""
 
     cache_bytes = 32 << 20  # inputs that go round should be larger
+    counts_memory = False
 
     def milliseconds(self, function, cold=True):
         """Of one call. `cold` means something on a GPU only: inputs that go round are all there is on a CPU."""
         start = time.perf_counter()
         function()
         return 1e3 * (time.perf_counter() - start)
-
-    def bytes_in_use(self):
-        return resident_bytes()
-
-    def forget_peak(self):
-        """From now on `peak_bytes` is that of what comes."""
-        try:
-            with open("/proc/self/clear_refs", "w") as file:
-                file.write("5")
-        except OSError:  # then the peak is that of the process since it began
-            pass
-
-    def peak_bytes(self):
-        with open("/proc/self/status") as file:
-            return next(1024 * int(line.split()[1]) for line in file if line.startswith("VmHWM"))
 
     def release(self):
         """Gives back what was freed."""
@@ -71,6 +58,8 @@ class CpuMeter:
 
 class CudaMeter:
     """CUDA events, and PyTorch's allocator, which serves the operators as well."""
+
+    counts_memory = True
 
     def __init__(self):
         import torch
@@ -84,8 +73,8 @@ class CudaMeter:
 
     def milliseconds(self, function, cold=True):
         """Of one call, from its first kernel's start to its last one's end, with the gaps between them if the host is
-        slower than the GPU. `cold`: with nothing of use in the L2 cache; overwriting it gives the host a head start.
-        Otherwise right after a call that is not counted."""
+        slower than the GPU. `cold`: with nothing of use in the L2 cache; overwriting it gives the host a head start of
+        some 70 us. Otherwise right after a call that is not counted."""
         if cold:
             self._filler.zero_()
         else:
@@ -145,23 +134,31 @@ def meter_of(device):
     return CudaMeter() if device == "cuda" else CpuMeter()
 
 
-def in_turn(meter, functions, seconds, least=3, most=100, cold=True):
-    """{name: `summary`} of functions called in turn, each until it took `seconds` in all: `least` to `most` times."""
+def in_turn(meter, functions, seconds, least=3, most=100, cold=True, calls=1):
+    """{name: `summary`} of functions called in turn, each until it took `seconds` in all: `least` to `most` times, but
+    fewer of one that takes several times `seconds` by itself. A time is that of one of `calls` in a row."""
+
+    def in_a_row(function):
+        return lambda: [function() for _ in range(calls)]
+
     times, left = {name: [] for name in functions}, list(functions)
     while left:
         for name in tuple(left):
-            times[name].append(meter.milliseconds(functions[name], cold))
-            count = len(times[name])
-            if count >= most or (count >= least and sum(times[name]) >= 1e3 * seconds):
+            times[name].append(meter.milliseconds(in_a_row(functions[name]), cold) / calls)
+            count, spent = len(times[name]), 1e-3 * sum(times[name]) * calls
+            if count >= most or (count >= least and spent >= seconds) or spent >= 5 * least * seconds:
                 left.remove(name)
     return {name: summary(t) for name, t in times.items()}
 
 
 def memory_of(meter, function):
-    """-> result, {"peak_bytes", "retained_bytes"} of one call, above what was there before it.
+    """-> result, {"peak_bytes", "retained_bytes"} of one call, above what was there before it; {} if `meter` cannot
+    count them.
 
     Retained is what is still there when the call ends, its result included; of a function that has `after_forward`
     (a hook), what is there when it calls it: what a training step keeps for its backward pass."""
+    if not meter.counts_memory:
+        return function(), {}
     held = []
     if hasattr(function, "after_forward"):
         function.after_forward = lambda: held.append(meter.bytes_in_use())

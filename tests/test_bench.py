@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -130,3 +131,278 @@ def test_nearly_equal_sub_keys_at_the_cut_are_noticed(monkeypatch):
     inputs["query"][0, 0, 0, 2:] = -1  # the first token turns the order round: its cut is elsewhere
     inputs |= {"target": torch.zeros(1, 2, 3), "loss_weights": torch.ones(1, 2)}
     assert accuracy.nearly_tied(inputs, "dot", 2).tolist() == [[False, True]]
+
+
+# ------------------------------------------------------------------------------------------------------ bench ops
+@pytest.fixture
+def ops(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from bench import ops
+
+    return ops
+
+
+def ops_options(**changes):
+    options = dict(device="cpu", quick=True, cases=None, json=None, plots=None, release_dir=None, threads=1)
+    return SimpleNamespace(**options | changes)
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+ON_A_GPU = [pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else []
+
+
+@pytest.mark.parametrize("kind", ["cpu", *ON_A_GPU])
+def test_every_case_runs_and_is_right(ops, kind, tmp_path, capsys, threads):
+    from bench import plots
+    from bench.cases import FAMILIES
+    from bench.cases.case import SIZES
+
+    report = ops.run(ops_options(device=kind), sizes=SIZES[kind, True].short, say=ops.say)
+    assert not list(ops.failures(report))
+    text = capsys.readouterr().out
+    for family in FAMILIES:
+        cases = ops.of_family(report, family)
+        assert cases and all(case in text for case in cases), family
+    for case, record in report["cases"].items():
+        for name, x in record["contestants"].items():
+            assert "failed" not in x, (case, name, x["failed"])
+            assert ("absent" in x) or x["ms"]["min"] <= x["ms"]["median"] <= x["ms"]["max"], (case, name)
+            compared = "error" in x or "unlike" in x or "absent" in x or record["family"] == "ceilings"
+            assert compared, (case, name)
+        if record["family"] not in ("ceilings", "addressing"):
+            assert record["bytes"] > 0 and record["floor_ms"] > 0, case
+    assert {"copy_bytes_per_second", "gemm_flops_per_second", "launch_seconds"} <= set(report["ceilings"])
+    assert ("only with --device cuda" in "\n".join(ops.goals.lines(report))) == (kind == "cpu")
+    json.dumps(report)
+    pytest.importorskip("matplotlib")
+    plots.draw(report, tmp_path)
+    pictures = {"tokens", "reads", "slots", "stream", "floors"} | ({"memory"} if kind == "cuda" else set())
+    assert pictures == {p.stem for p in tmp_path.iterdir()}
+
+
+def test_a_wrong_or_missing_contestant_is_named_and_not_timed(ops, threads):
+    from bench import timing
+    from bench.cases.case import SIZES, Absent, Case, Setup
+
+    def absent():
+        raise Absent("not installed")
+
+    def breaks(x):
+        raise MemoryError("too much")
+
+    case = Case(
+        inputs=lambda: torch.ones(3),
+        contestants={
+            "ours": lambda: lambda x: x + 1,
+            "ours, wrong": lambda: lambda x: x + 1.1,
+            "nan": lambda: lambda x: x * torch.nan,
+            "breaks": lambda: breaks,
+            "missing": lambda: absent(),
+            "part": lambda: lambda x: x,
+        },
+        expected=lambda x: x + 1,
+        unlike={"part": "half of it"},
+    )
+    record = ops.measure(Setup("cpu", SIZES["cpu", True].short, timing.CpuMeter()), case)
+    found = record["contestants"]
+    assert found["ours"]["error"] == 0 and found["ours"]["ms"]["repeats"] >= 1
+    assert found["missing"] == {"absent": "not installed"} and found["breaks"]["failed"] == "MemoryError: too much"
+    for name in ("ours, wrong", "nan"):
+        assert "not what the reference computes" in found[name]["failed"] and "ms" not in found[name]
+    report = {"cases": {"a case": record | {"family": "gather"}}, "ceilings": {}, "device": "cpu"}
+    assert [name for _, name, _ in ops.failures(report)] == ["ours, wrong"]
+    text = "\n".join(ops.plain(report, "gather"))
+    assert "FAILED: not what" in text and "not installed" in text and "* part: half of it" in text
+
+
+class FakeMeter:
+    """Counts bytes that its function takes and gives back."""
+
+    counts_memory, in_use, peak = True, 100, 0
+
+    def take(self, size):
+        self.in_use += size
+        self.peak = max(self.peak, self.in_use)
+
+    def bytes_in_use(self):
+        return self.in_use
+
+    def forget_peak(self):
+        self.peak = self.in_use
+
+    def peak_bytes(self):
+        return self.peak
+
+
+def test_retained_memory_is_what_waits_for_the_backward_pass(ops):
+    from bench import timing
+
+    meter = FakeMeter()
+
+    class Step:
+        after_forward = None
+
+        def __call__(self):
+            meter.take(40)  # saved
+            meter.take(7)
+            meter.take(-7)
+            if self.after_forward:
+                self.after_forward()
+            meter.take(20)
+            meter.take(-57)
+            return "answer"
+
+    plain = Step()
+    rounds = ops.Round(lambda x: plain(), [None])
+    assert timing.memory_of(meter, rounds) == ("answer", {"peak_bytes": 60, "retained_bytes": 3})
+    meter.in_use, step = 100, Step()
+    assert timing.memory_of(meter, step) == ("answer", {"peak_bytes": 60, "retained_bytes": 40})
+    assert step.after_forward is None
+
+
+def test_slots_are_drawn_as_their_distribution_says(ops):
+    from bench import timing
+    from bench.cases import scan
+    from bench.cases.case import SIZES, Setup
+
+    s = Setup("cpu", SIZES["cpu", True], timing.CpuMeter())
+    share = {}
+    for name in ("uniform", "zipf-0.5", "zipf-1.0", "hot-8"):
+        slots = s.slots(name, 1024, 4096, 8)
+        assert slots.shape == (4096, 8) and slots.dtype == torch.int32 and 0 <= slots.min() and slots.max() < 1024
+        share[name] = float(slots.flatten().bincount().max()) / slots.numel()
+    assert share["uniform"] < 0.003 < 0.012 < share["zipf-0.5"] < 0.03 < 0.1 < share["zipf-1.0"] < 0.16
+    assert share["hot-8"] == 0.125 and len(s.slots("hot-8", 1024, 64, 8).unique()) == 8
+
+    hot = scan.shape_of(s, "h1k8", 2, 64, 16, distribution="hot-8")
+    reading = scan.fwpkm_cuda.chunk_scan_(
+        *(t.clone() for t in scan.memory_of(s, hot)), *scan.draw(s, hot), **hot.options()
+    )
+    assert len(reading.indices.unique()) == 8, "a stream asks for the same slots, whatever is written"
+    indices = torch.tensor([[[[0, 1]], [[1, 2]], [[0, 5]]]])
+    assert scan.usage(indices, 1) == (6, 2, 4)  # 1 and 0 are read again
+
+
+def times(median, spread=0.0):
+    return {"min": median, "q1": median * (1 - spread), "median": median, "q3": median * (1 + spread), "max": median,
+            "repeats": 9}  # fmt: skip
+
+
+def gpu_report(ms, bytes=10**6):
+    """A report with these medians: {case: {contestant: ms}}"""
+    figures = lambda x: {"ms": times(x), "peak_bytes": 10**9, "retained_bytes": 10**8, "error": 0.0}
+    cases = {
+        case: {
+            "family": case.split(",")[0],
+            "bytes": bytes,
+            "flops": 0,
+            "floor_ms": 0.001,
+            "per": 8,
+            "facts": {"distinct": 40000, "row_bytes": 10**6},
+            "contestants": {name: figures(x) for name, x in contestants.items()},
+        }
+        for case, contestants in ms.items()
+    }
+    command = "python -m bench ops --device cuda"
+    machine = dict(
+        gpu="NVIDIA H200", processor="-", threads=2, torch="2.13.0", commit="abc", date="today", command=command
+    )
+    return {"device": "cuda", "ceilings": {"copy_bytes_per_second": 1e12}, "machine": machine, "cases": cases}
+
+
+TRAIN = "layer_train, h1k8 B=8 T=4096 C=512, "
+
+
+def test_goals_are_met_missed_or_not_measured(ops):
+    ms = {
+        "gather, 32768 reads, uniform": {"ours": 0.00125},
+        "gather, 131072 reads, uniform": {"ours": 0.00200},
+        "score_topk, M=4096 H=1 R=8 dot float32": {"ours": 0.1, "eager": 2.0, "matrix products alone": 0.02},
+        TRAIN + "uniform": {"ours": 2.0, "ours without commit": 1.6, "release": 44.0},
+        TRAIN + "hot-8": {"ours": 2.8},
+        "update, log, uniform": {"ours": 0.005, "ours, read only": 0.002},
+        "decode, h1k8, read and written": {"ours, graph": 0.009},
+        "decode, h1k8, read": {"ours": 0.1, "ours, graph": 0.011},
+    }
+    text = "\n".join(ops.goals.lines(gpu_report(ms)))
+    for line in (
+        "gather of many rows, of the copy bandwidth: 50 %, goal at least 80 % NOT met",
+        "write with a log, of the copy bandwidth: 66.7 %, goal at least 75 % NOT met",
+        "search, to its matrix products alone: 5x, goal at most 3x NOT met",
+        "search, as fast as eager PyTorch: 20x, goal at least 10x met",
+        "training, forward and backward, a chunk: 200 us, goal at most 230 us met",
+        "training, as fast as the release: 22x, goal at least 18x met",
+        "a decoded token in a CUDA graph: 11 us, goal at most 10 us NOT met",
+        "retained memory of training, less than the release's: 1x, goal at least 8x NOT met",
+        "slots that all tokens read, to uniform slots: 1.4x, goal at most 1.5x met",
+        "inference, a chunk: not measured",
+        "the rival's shape, peak memory: not measured",
+    ):
+        assert line in text.splitlines(), text
+
+
+def test_two_reports_are_compared(ops, tmp_path, monkeypatch, capsys):
+    from bench import __main__ as command
+
+    ms = {"gather, 1 read": {"ours": 1.0, "peer": 2.0}, "decode": {"ours": 1.0}, "gone": {"ours": 1.0}}
+    old, new = gpu_report(ms), gpu_report(ms | {"new": {"ours": 1.0}})
+    del new["cases"]["gone"]
+    new["cases"]["gather, 1 read"]["contestants"]["ours"]["ms"] = times(0.5)
+    new["cases"]["gather, 1 read"]["contestants"]["peer"]["ms"] = times(2.2)
+    new["cases"]["decode"]["contestants"]["ours"]["ms"] = times(1.2, spread=0.3)  # not clear of the old ones
+    for name, report in (("old", old), ("new", new)):
+        (tmp_path / name).write_text(json.dumps(report))
+    monkeypatch.setattr(sys, "argv", ["bench", "compare", str(tmp_path / "old"), str(tmp_path / "new")])
+    command.main()
+    text = capsys.readouterr().out
+    assert "0.50  faster" in text and "1.10  slower" in text and "1 faster, 1 slower, 1 about as before" in text
+    assert "not in new: gone: ours" in text and "not in old: new: ours" in text and "NOT the same" not in text
+
+
+def test_the_table_takes_its_place_in_a_document(ops, tmp_path, monkeypatch):
+    from bench import __main__ as command
+    from bench import table
+
+    ms = {
+        TRAIN + "uniform": {"ours": 1.84, "release": 55.2},
+        "decode, h1k8, read and written": {"ours, graph": 0.02},
+        "decode, h1k8, read": {"ours, graph": 0.00951, "eager": 0.2},
+    }
+    (tmp_path / "report.json").write_text(json.dumps(gpu_report(ms)))
+    document = tmp_path / "README.md"
+    document.write_text(f"# Speed\n{table.BEGIN}\nold\n{table.END}\nafter\n")
+    monkeypatch.setattr(sys, "argv", ["bench", "table", str(tmp_path / "report.json"), "--write", str(document)])
+    command.main()
+    command.main()  # again: nothing changes
+    text = document.read_text()
+    assert text.startswith("# Speed\n" + table.BEGIN) and text.endswith(table.END + "\nafter\n") and "old" not in text
+    assert (
+        "NVIDIA H200; torch 2.13.0, commit abc, today: `python -m bench ops --device cuda`; P=512, K=V=512, float32."
+        in text
+    )
+    assert "| training step of 8 x 4096 tokens, h1k8 | 1.84 ms | 0% | 1,000 MB | release 55.2 ms (30x) |" in text
+    assert "| a decoded token in a CUDA graph | 9.51 us | 11% | 1,000 MB | eager 200 us (21x) |" in text
+    document.write_text("no place for it")
+    with pytest.raises(SystemExit, match="once each"):
+        command.main()
+
+
+def test_the_prediction_is_of_cases_that_exist(ops):
+    from bench import compare
+    from bench.cases import FAMILIES
+    from bench.cases.case import SIZES
+
+    path = ROOT / "bench" / "results" / "predictions-h200.json"
+    prediction = json.loads(path.read_text())
+    sizes = SimpleNamespace(device="cuda", sizes=SIZES["cuda", False])
+    known = {f"{family}, {name}" for family, of in FAMILIES.items() for name, _ in of(sizes)}
+    assert set(prediction["cases"]) <= known
+    assert all(x["launches"] > 0 for x in prediction["cases"].values())
+    assert "0 faster, 0 slower" in "\n".join(compare.lines(prediction, prediction))
+    assert "not measured" not in "\n".join(ops.goals.lines(prediction))

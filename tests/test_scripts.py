@@ -94,7 +94,6 @@ def test_a_part_that_fails_hangs_or_is_missing_does_not_lose_the_others(gpu_chec
         step("bad", python("print('why'); raise SystemExit(3)")),
         step("hangs", python("print('here', flush=True); import time; time.sleep(60)")),
         step("no tool", None, "not found"),
-        step("optional", None, "no such command", required=False),
         step("last", python("print('========= ERROR SUMMARY: 0 errors')")),
     ]
     begin = time.monotonic()
@@ -103,9 +102,9 @@ def test_a_part_that_fails_hangs_or_is_missing_does_not_lose_the_others(gpu_chec
     written = json.loads(report.read_text())
     assert written["passed"] is False and written["machine"]["gpu"] == "a GPU"
     parts = {x["part"]: x for x in written["parts"]}
-    results = ["passed", "failed", "timed out", "missing", "missing", "passed"]
+    results = ["passed", "failed", "timed out", "missing", "passed"]
     assert [x["result"] for x in parts.values()] == results
-    assert [name for name, x in parts.items() if x["ok"]] == ["good", "optional", "last"]
+    assert [name for name, x in parts.items() if x["ok"]] == ["good", "last"]
     assert parts["good"]["tail"] == ["seen"] and parts["bad"]["tail"] == ["why"] and parts["hangs"]["tail"] == ["here"]
     assert parts["bad"]["exit_status"] == 3 and parts["last"]["summary"] == "ERROR SUMMARY: 0 errors"
     assert "hangs       timed out" in capsys.readouterr().out
@@ -134,18 +133,17 @@ def test_pytest_must_have_passed_something(gpu_check, tmp_path, body, result):
 
 def test_the_parts_of_a_gpu_check(gpu_check, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_check, "find_sanitizer", lambda: "/bin/compute-sanitizer")
-    monkeypatch.setattr(gpu_check, "answer", lambda command: "")
-    options = dict(limit=100, cases="few")
+    options = dict(limit=100, cases="few", benchmarks=tmp_path / "bench.json")
     todo = list(gpu_check.steps(gpu_check.PARTS, {"capability": [9, 0]}, tmp_path, installed=False, **options))
     names = ["build", "tests", "memcheck", "racecheck", "initcheck", "accuracy", "benchmarks"]
     assert [x.name for x in todo] == names
     assert todo[0].environment == {"FWPKM_CUDA_ARCHS": "90a-real", "FWPKM_WITH_CUDA": "ON"} and todo[0].first
-    assert todo[-1].command is None and not todo[-1].required  # `answer` knows of no command cuda
+    assert todo[-1].command[2:5] == ["bench", "ops", "--device"]
     (tests,) = gpu_check.steps(["tests"], {}, tmp_path, installed=True, **options)
     assert tests.name == "tests"
     monkeypatch.setattr(gpu_check, "find_sanitizer", lambda: None)
     missing = list(gpu_check.steps(["sanitizer"], {}, tmp_path, installed=True, **options))
-    assert [x.command for x in missing] == [None] * 3 and all(x.required for x in missing)
+    assert [x.command for x in missing] == [None] * 3
     assert [gpu_check.architecture(x) for x in ([8, 0], [8, 6], [10, 0], [12, 0])] == [
         "80-real", "86-real", "100a-real", "120-real",
     ]  # fmt: skip

@@ -1,0 +1,77 @@
+"""Other packages beside ours, where they are installed: fbgemm-gpu, product-key-memory, fast-weight-product-key-memory.
+
+None is a dependency. What is missing, does not load or has no such configuration raises `Absent` and is named in the
+report. (The released FwPKM code: release.py. Plain PyTorch: beside the cases, and dense_baseline.py.)
+"""
+
+import contextlib
+import functools
+import importlib
+import io
+import logging
+
+import torch
+
+from bench.cases.case import Absent
+
+
+def package(name, what=None):
+    """The module, quietly: importing one of another version's PyTorch prints pages."""
+    logging.disable(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            return importlib.import_module(name)
+    except ImportError:
+        raise Absent("not installed" if what is None else f"{what} not installed") from None
+    except Exception as error:  # a compiled library of another PyTorch raises whatever it likes
+        raise Absent(f"does not load here: {type(error).__name__}") from None
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def fbgemm_table(setup, values, lr=0.0):
+    """A table of fbgemm-gpu with these values: (slots (N, R), weights (N, R)) -> (N, V); its backward pass is an exact
+    SGD step on the rows that were read."""
+    operators = "fbgemm_gpu.split_table_batched_embeddings_ops_"
+    training = package(operators + "training", "fbgemm-gpu")
+    common = package(operators + "common", "fbgemm-gpu")
+    configs = package("fbgemm_gpu.split_embedding_configs", "fbgemm-gpu")
+    on_gpu = setup.device == "cuda"
+    location = common.EmbeddingLocation.DEVICE if on_gpu else common.EmbeddingLocation.HOST
+    computes = training.ComputeDevice.CUDA if on_gpu else training.ComputeDevice.CPU
+    table = training.SplitTableBatchedEmbeddingBagsCodegen(
+        [(*values.shape, location, computes)],
+        optimizer=configs.EmbOptimType.EXACT_SGD,
+        learning_rate=lr,
+        weights_precision=configs.SparseType.FP32,
+        output_dtype=configs.SparseType.FP32,
+        pooling_mode=common.PoolingMode.SUM,
+        device=torch.device(setup.device),
+    )
+    table.split_embedding_weights()[0].data.copy_(values)
+
+    kind = torch.int32 if on_gpu else torch.int64
+    begins = functools.cache(lambda n, r: torch.arange(0, n * r + 1, r, device=setup.device, dtype=kind))
+    return lambda slots, weights: table(slots.flatten().to(kind), begins(*slots.shape), weights.flatten())
+
+
+def product_key_memory(setup, dim, P, H, R, K):
+    """PKM of the package product-key-memory, with its own projection and layer norm: (1, N, dim) -> (1, N, dim)"""
+    pkm = package("product_key_memory").PKM(dim, heads=H, num_keys=P, topk=R, dim_head=K // 2)
+    return pkm.to(setup.device)
+
+
+def fast_weight_product_key_memory(setup, dim, P, H, R, C):
+    """fwPKM of the package of that name, with its own projections; dense, and one memory for each sequence."""
+    module = package("fast_weight_product_key_memory").fwPKM(
+        dim, heads=H, chunk_size=C, num_memories=P * P, dim_queries_keys=dim, dim_values=dim, topk=R
+    )
+    return module.to(setup.device)
+
+
+def compiled(setup, function):
+    """torch.compile of it, if the sizes of this run allow the time."""
+    if not setup.sizes.compiled:
+        raise Absent("left out of a quick run")
+    torch._dynamo.reset()
+    return torch.compile(function, dynamic=False)
