@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from contract import assert_same_bits, commit, functional, in_place
-from inputs import SCANS, TOLERANCE, dense, memory, randn, tokens
+from inputs import DEFAULTS, SCANS, TOLERANCE, dense, memory, randn, tokens
 
 import fwpkm_cuda
 from fwpkm_cuda import Memory, reference
@@ -281,6 +281,61 @@ def test_a_target_that_is_not_finite_reaches_no_memory():
         result = scan(values, sub_keys, query, target, gate, **OPTIONS)
         assert "NaN or infinite" in reported()
         assert result.values.isfinite().all() and result.sub_keys.isfinite().all() and result.out.isfinite().all()
+
+
+@pytest.mark.parametrize("options", [dict(), dict(score="idw", values_only=False, weight_decay=0.1, boundary="carry")])
+def test_gradients_pass_by_tokens_that_were_left_out(options):
+    """They are the derivatives of what the scan has done: nothing through a query or a target that is not finite."""
+    *inputs, mask = make(T=14, P=5, V=5, dtype=torch.float64)
+    inputs[2][0, 5, 1, 2], inputs[2][1, 9, 0, 0], inputs[3][1, 4, 2] = torch.nan, torch.inf, torch.nan
+    options = dict(topk=3, chunk_size=4, sparse_grad=False) | options
+
+    def loss(tensors):
+        scan = fwpkm_cuda.chunk_scan(*tensors, mask, **options)
+        outputs = (scan.out, scan.weights, scan.losses, scan.addressing_loss, scan.new_sub_keys)
+        return sum((i + 2) * torch.where(x.isfinite(), x, 0).sin().sum() for i, x in enumerate(outputs)), scan.indices
+
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    value, slots = loss(leaves)
+    gradients = torch.autograd.grad(value, leaves)
+    assert "NaN or infinite" in reported()
+    assert not gradients[2][0, 5].any() and not gradients[2][1, 9].any() and not gradients[3][1, 4].any()
+    step = 1e-6
+    for i, gradient in enumerate(gradients):
+        assert gradient.isfinite().all() and gradient.any()
+        direction = randn(*gradient.shape, dtype=torch.float64).to(DEVICE)
+        with torch.no_grad():
+            ends = [loss([*inputs[:i], inputs[i] + side * direction, *inputs[i + 1 :]]) for side in (step, -step)]
+        assert all(torch.equal(end[1], slots) for end in ends)
+        slope = (ends[0][0] - ends[1][0]) / (2 * step)
+        torch.testing.assert_close((gradient * direction).sum(), slope, rtol=1e-6, atol=1e-6)
+    assert "NaN or infinite" in reported()
+
+
+@pytest.mark.parametrize(
+    "name, wrong",
+    [
+        ("list_indices", 12),
+        ("list_indices", -7),
+        ("places", 9),
+        ("places", -1),
+        ("read_from", 2**31 - 1),
+        ("read_from", -2),
+    ],
+)
+def test_the_backward_pass_does_not_follow_saved_numbers_out_of_range(name, wrong):
+    inputs = make()
+    options = tuple((DEFAULTS | dict(values_only=False)).values())
+    saved = list(torch.ops.fwpkm.chunk_scan(*inputs, *options))
+    token = 7  # of the saved lists; a chunk has 4 tokens of each of 2 rows: token 3 of row 1
+    saved[{"list_indices": 8, "places": 10, "read_from": 11}[name]][token, 1].view(-1)[-1] = wrong
+    dquery, dtarget, dgate, dsub_keys, slots, rows = torch.ops.fwpkm.chunk_scan_backward(
+        torch.ones_like(saved[0]), *[None] * 4, torch.ones_like(saved[7]), *inputs, saved[5], *saved[7:], *options, True
+    )
+    assert "indices out of range" in reported()
+    assert all(x.isfinite().all() for x in (dquery, dtarget, dgate, dsub_keys, rows))
+    assert not dquery[1, 3].any() and dquery[1, 2].any()
+    assert ((slots >= 0) & (slots < len(inputs[0]))).all()
 
 
 def test_a_write_that_would_overflow_is_not_written():

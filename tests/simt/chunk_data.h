@@ -191,6 +191,12 @@ struct Data {
   int32_t entry_key(int64_t l) const {
     return list_indices[l] < 0 ? -1 : int32_t(l / s.topk % (2 * s.heads) * s.sub_keys + list_indices[l]);
   }
+  // Its query half, among all of them.
+  int64_t query_row(int64_t l) const {
+    const int64_t list = l / s.topk;
+    return at(list / (2 * s.heads)) * 2 * s.heads + list % (2 * s.heads);
+  }
+  int64_t addressed_rows() const { return s.batch * (s.carry() ? s.pairs() : s.chunk_tokens()) * s.heads; }
   int32_t place_of(int32_t slot) const { return s.in_place || slot < 0 ? -1 : newest[slot] - 1; }
   T decayed(T v, int64_t times) const {
     for (int64_t i = 0; i < times && s.keep != 1; ++i) v *= T(s.keep);

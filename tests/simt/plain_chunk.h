@@ -236,7 +236,7 @@ void plain_rows(Data<T>& d) {
 template <typename Size, typename T>
 void plain_address(Data<T>& d) {
   const Shape& s = d.s;
-  const int64_t table = 2 * s.sub_keys, rows = s.batch * (s.carry() ? s.pairs() : s.chunk_tokens()) * s.heads;
+  const int64_t table = 2 * s.sub_keys, rows = d.addressed_rows();
   for (int64_t l = 0; l < 2 * d.m * d.n; l += s.topk) {
     const T* const z = &d.list_scores[l];
     const bool counts = d.list_indices[l] >= 0 && (!s.carry() || d.in_pairs(l / (2 * d.n)));
@@ -263,7 +263,7 @@ template <typename Size, typename T>
 void plain_keys(Data<T>& d) {
   const Shape& s = d.s;
   const bool addressed = s.addressing_weight != 0;
-  const int64_t rows = s.batch * (s.carry() ? s.pairs() : s.chunk_tokens()) * s.heads, half = s.half_width;
+  const int64_t rows = d.addressed_rows(), half = s.half_width;
   d.loss[0] = 0;
   if (addressed) plain_address<Size>(d);
   d.curvature.clear(kUntouched);
@@ -295,8 +295,7 @@ void plain_keys(Data<T>& d) {
           d, c, half, [&](int64_t c) { return d.decayed(old[c], 1); },
           [&](int64_t c) {
             return ordered_sum<T>(lists[key], [&](int32_t l, T& sum) {
-              const int64_t list = l / s.topk, t = list / (2 * s.heads);
-              const T q = d.query[(d.at(t) * 2 * s.heads + list % (2 * s.heads)) * half + c];
+              const T q = d.query[d.query_row(l) * half + c];
               sum = std::fma(d.alpha[l], s.idw ? q - old[c] : q, sum);
             });
           },

@@ -3,7 +3,7 @@
 #include "kernels/read_chunk.cuh"
 #include "kernels/write_keys.cuh"
 #include "kernels/write_rows.cuh"
-#include "plain_chunk.h"
+#include "stages.h"
 
 namespace {
 
@@ -11,31 +11,6 @@ using namespace testing;
 using namespace fwpkm::kernels;
 
 // ----------------------------------------------------------------------------------------------------------- kernels
-// A table as build_ordered_lists leaves it: entries of no list come last.
-struct Lists {
-  Buffer<int32_t> key, entry, begin;
-  int32_t num_keys;
-  Lists(const ListTable& table, int64_t n) : key(n), entry(n), begin(n), num_keys(int32_t(table.size())) {
-    std::vector<bool> listed(n);
-    int32_t p = 0;
-    const auto put = [&](int32_t k, const std::vector<int32_t>& list) {
-      for (int32_t first = p; const int32_t i : list) {
-        key[p] = k, entry[p] = i, begin[p++] = first;
-        listed[i] = true;
-      }
-    };
-    for (int32_t k = 0; k < num_keys; ++k) put(k, table[k]);
-    std::vector<int32_t> rest;
-    for (int32_t i = 0; i < n; ++i)
-      if (!listed[i]) rest.push_back(i);
-    put(num_keys, rest);
-  }
-  operator OrderedLists() const { return {int32_t(key.size()), num_keys, key.get(), entry.get(), begin.get()}; }
-};
-
-template <typename T>
-using Stage = cudaError_t (*)(Data<T>&);
-
 template <typename Size, typename T>
 cudaError_t run_read(Data<T>& d) {
   return read_chunk<Size>(
@@ -130,64 +105,21 @@ cudaError_t run_keys(Data<T>& d) {
 }
 
 // ------------------------------------------------------------------------------------------------------------- cases
-// NaN has many bit patterns; a result that must be NaN is compared as one.
-template <typename T>
-bool same(const Buffer<T>& found, const Buffer<T>& expected) {
-  for (size_t i = 0; i < expected.size(); ++i) {
-    if constexpr (std::is_floating_point_v<T>)
-      if (std::isnan(found[i]) && std::isnan(expected[i])) continue;
-    if (std::memcmp(&found[i], &expected[i], sizeof(T))) return false;
-  }
-  return true;
-}
-
-// Bits beyond the end of a row mean nothing.
-void clear_padding(Buffer<uint8_t>& open, int64_t width) {
-  for (size_t i = (width + 7) / 8 - 1; width % 8 && i < open.size(); i += (width + 7) / 8)
-    open[i] &= uint8_t((1 << width % 8) - 1);
-}
-
-// `done`: by the plain loops, before the stage.
-template <typename T>
-Run make_stage(const Shape& s, void (*done)(Data<T>&), void (*plain)(Data<T>&), Stage<T> stage) {
-  const auto before = std::make_shared<Data<T>>(s), after = std::make_shared<Data<T>>(s);
-  for (Data<T>* d : {before.get(), after.get()}) {
-    if (done) done(*d);
-    d->error.clear(0);
-  }
-  plain(*after);
-  return [=]() -> std::string {
-    Data<T> found(s);
-    found.each(*before, [](const char*, auto& to, const auto& from) {
-      for (size_t i = 0; i < from.size(); ++i) to[i] = from[i];
-    });
-    if (stage(found)) return "launch";
-    for (Data<T>* d : {&found, after.get()}) {
-      clear_padding(d->open_rows, s.width);
-      clear_padding(d->open_keys, s.half_width);
-    }
-    std::string wrong;
-    found.each(*after, [&](const char* name, const auto& a, const auto& b) {
-      if (!same(a, b)) wrong += std::string(wrong.empty() ? "" : ", ") + name;
-    });
-    return wrong;
-  };
-}
 template <typename Size, typename T>
 Run read(const Shape& s) {
-  return make_stage<T>(s, nullptr, plain_read<Size, T>, run_read<Size, T>);
+  return make_stage<Data<T>>(s, nullptr, plain_read<Size, T>, run_read<Size, T>);
 }
 template <typename Size, typename T>
 Run rows(const Shape& s) {
-  return make_stage<T>(s, plain_read<Size, T>, plain_rows<Size, T>, run_rows<Size, T>);
+  return make_stage<Data<T>>(s, plain_read<Size, T>, plain_rows<Size, T>, run_rows<Size, T>);
 }
 template <typename Size, typename T>
 Run address(const Shape& s) {
-  return make_stage<T>(s, plain_read<Size, T>, plain_address<Size, T>, run_address<Size, T>);
+  return make_stage<Data<T>>(s, plain_read<Size, T>, plain_address<Size, T>, run_address<Size, T>);
 }
 template <typename Size, typename T>
 Run keys(const Shape& s) {
-  return make_stage<T>(s, plain_read<Size, T>, plain_keys<Size, T>, run_keys<Size, T>);
+  return make_stage<Data<T>>(s, plain_read<Size, T>, plain_keys<Size, T>, run_keys<Size, T>);
 }
 
 using Normal = LaunchSize;
