@@ -28,7 +28,7 @@ struct Shape {
   double keep = 1, lr = 0.5, clip = -1, addressing_weight = 0.25;
   size_t offset = 0;   // of the rows from a multiple of 16 bytes, in elements
   int64_t odd = 0;     // one token of so many has a score that is not finite,
-  int64_t astray = 0;  // one a target that is not
+  int64_t astray = 0;  // one a target that is not, or in turn a loss weight
   bool large = false;  // keys and values that a decay by more than 1 takes to infinity
 
   bool carry() const { return boundary != kDrop; }
@@ -122,7 +122,8 @@ struct Data {
     make_lists(random);
     for (int64_t t = 0; t < m; ++t) {
       if (s.odd && t % s.odd == s.odd - 1) make_odd(t);
-      if (s.astray && t % s.astray == 0) target[target_row(t) * width + t % width] = T(INFINITY);
+      if (!s.astray || t % s.astray) continue;
+      (t / s.astray % 2 ? loss_weights[at(t)] : target[target_row(t) * width + t % width]) = T(INFINITY);
     }
   }
 

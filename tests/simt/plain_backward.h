@@ -86,9 +86,9 @@ struct Backward : Data<T> {
         sum(s.key_rows()) {
     own(*this, [](const char*, auto& buffer, auto&) { buffer.clear(kUntouched); });
     row_of.clear(0), states.clear(0), gradients.clear(0);
+    gradient_rows.clear(0xFF);  // NaN where no later chunk has left a gradient
     Random random{2};
-    for (auto* buffer :
-         {&gamma, &dout, &dweights, &dlosses, &daddressing, &dnew_rows, &gradient_rows, &dquery, &dsub_keys})
+    for (auto* buffer : {&gamma, &dout, &dweights, &dlosses, &daddressing, &dnew_rows, &dquery, &dsub_keys})
       for (size_t i = 0; i < buffer->size(); ++i) (*buffer)[i] = T(random.real());
     for (auto* buffer : {&this->open_rows, &this->open_keys})
       for (size_t i = 0; i < buffer->size(); ++i) (*buffer)[i] = uint8_t(random.below(256));
@@ -100,6 +100,7 @@ struct Backward : Data<T> {
       const int64_t row = slot + rows - s.slots();
       row_of[slot] = int32_t(row) + 1;
       states[row] = {int32_t(all_reads + slot), int32_t(s.before + 1 + random.below(3)), random.below(2) != 0};
+      for (int64_t c = 0; c < width; ++c) gradient_rows[row * width + c] = T(random.real());
     }
     for (int64_t l = 0; l < 2 * m * n; ++l) {
       const bool odd = s.odd && l / (2 * n) % s.odd == s.odd - 1;
@@ -112,6 +113,7 @@ struct Backward : Data<T> {
       if (t % 6 == 3) this->places[r] = int32_t(s.topk * s.topk);
       if (t % 6 == 4) this->read_from[r] = int32_t(s.places());
       if (t % 6 == 5) this->read_from[r] = -2;
+      if (t % 7 == 6) this->places[r] = -1;
     }
     this->list_indices.clear(kUntouched), this->slots.clear(kUntouched), this->scores.clear(kUntouched);
   }

@@ -179,7 +179,7 @@ constexpr auto kSilu = Activation::kSilu, kRelu = Activation::kRelu;
 constexpr bool kYes = true;
 
 const Shape kHot{.heads = 5, .topk = 2, .sub_keys = 2, .width = 70, .tokens = 12, .lookahead = 4};
-const Shape kMany{.heads = 7, .topk = 10, .sub_keys = 11, .width = 300, .tokens = 2};
+const Shape kMany{.heads = 7, .topk = 10, .sub_keys = 11, .width = 300, .batch = 1, .tokens = 2};
 const Shape kClipped{.heads = 2, .width = 21, .masked = kYes, .keep = 0.9, .clip = 1};
 const Shape kShifted{.width = 136, .keep = 0.9, .clip = 1, .offset = 1};
 const Shape kCarried{.heads = 2, .tokens = 5, .lookahead = 3, .boundary = kCarry, .masked = kYes};
@@ -215,7 +215,9 @@ const Register kCases({
     {"tokens_64", [] { return tokens<Small, float>({.s = {.heads = 8, .topk = 8, .sub_keys = 9, .tokens = 2}}); }},
     {"tokens_70", [] { return tokens<Normal, float>({.s = kMany}); }},
     {"tokens_70_odd_width",
-     [] { return tokens<Small, double>({.s = {.heads = 70, .topk = 1, .width = 133, .values_only = kYes}}); }},
+     [] {
+       return tokens<Small, double>({.s = {.heads = 70, .topk = 1, .width = 133, .tokens = 2, .values_only = kYes}});
+     }},
     {"tokens_wide", [] { return tokens<Small, float>({.s = {.width = 521, .tokens = 2, .masked = kYes}}); }},
     {"tokens_carried", [] { return tokens<Small, float>({.s = kCarried, .row_is_slot = false}); }},
     {"tokens_first", [] { return tokens<Small, float>({.s = {.before = 0, .boundary = kCarryFirst}}); }},
