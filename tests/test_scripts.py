@@ -51,6 +51,7 @@ def test_registers_and_spills_are_read_from_ptxas(kernel_table):
 
 def test_a_spill_needs_a_reason(kernel_table, monkeypatch):
     files = {Path("a.cu"): kernel_table.parse(PTXAS, "sm_80")}
+    monkeypatch.setattr(kernel_table, "SPILLS", {})
     lines, inexcusable = kernel_table.table(files, "13.0")
     assert "| **`gather<LaunchSize, false, float, int>`** | sm_80 | 64 | 0 | 8 | 12 | 8 |" in lines
     assert "| `count_digits<OrderedListsSize>` | sm_80 | 32 | 1024 | 0 | 0 | 0 |" in lines
