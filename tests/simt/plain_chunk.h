@@ -41,16 +41,7 @@ T ordered_sum(const std::vector<int32_t>& list, const F& add) {
     if (i % 32 == 0) terms.push_back(0);
     add(list[i], terms.back());
   }
-  while (terms.size() > 1) {
-    std::vector<T> sums;
-    for (size_t i = 0; i < terms.size(); ++i)
-      if (i % 32)
-        sums.back() += terms[i];
-      else
-        sums.push_back(terms[i]);
-    terms = sums;
-  }
-  return terms[0];
+  return tree(terms);
 }
 
 // Entries by key.

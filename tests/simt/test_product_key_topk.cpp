@@ -186,21 +186,6 @@ Run make_too_many() {
 }
 
 // ---------------------------------------------------------------------------------------------------------- backward
-// Adds terms in groups of 32, then the groups' sums, until one is left.
-template <typename T>
-T tree(std::vector<T> terms) {
-  while (terms.size() > 1) {
-    std::vector<T> sums;
-    for (size_t i = 0; i < terms.size(); ++i)
-      if (i % 32)
-        sums.back() += terms[i];
-      else
-        sums.push_back(terms[i]);
-    terms = sums;
-  }
-  return terms[0];
-}
-
 template <typename T>
 T square_distance(const T* a, const T* b, int64_t width) {
   T lanes[32] = {};

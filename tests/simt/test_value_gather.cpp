@@ -111,21 +111,6 @@ Run make_dweights(Shape s) {
   };
 }
 
-// Adds terms in groups of 32, then the groups' sums, until one is left.
-template <typename T>
-T tree(std::vector<T> terms) {
-  while (terms.size() > 1) {
-    std::vector<T> sums;
-    for (size_t i = 0; i < terms.size(); ++i)
-      if (i % 32)
-        sums.back() += terms[i];
-      else
-        sums.push_back(terms[i]);
-    terms = sums;
-  }
-  return terms[0];
-}
-
 template <typename Sorting, typename Size, typename T, typename Index>
 Run make_dvalues(Shape s) {
   auto d = std::make_shared<Data<T, Index>>(s);

@@ -50,6 +50,21 @@ struct Random {
   double real() { return double(word()) / double(1u << 30) - 1; }
 };
 
+// Adds terms in groups of 32, then the groups' sums, until one is left.
+template <typename T>
+T tree(std::vector<T> terms) {
+  while (terms.size() > 1) {
+    std::vector<T> sums;
+    for (size_t i = 0; i < terms.size(); ++i)
+      if (i % 32)
+        sums.back() += terms[i];
+      else
+        sums.push_back(terms[i]);
+    terms = sums;
+  }
+  return terms[0];
+}
+
 // Many blocks and steps from little data; TSan wants few threads (about 1 ms each).
 struct Small : fwpkm::kernels::OrderedListsSize {
   static constexpr int kThreads = 64, kMaxBlocks = 2, kSteps = 2;
