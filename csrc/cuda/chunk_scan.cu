@@ -42,6 +42,7 @@ class ForwardScan {
     scores_ = buffer(most * n, type);
     weights_ = buffer(most * n, type);
     good_ = buffer(most, ScalarType::Byte);
+    search_ = buffer(kernels::search_workspace(most, s.keys.heads), ScalarType::Byte);
     if (in_place) {
       list_indices_ = buffer(2 * most * n, ScalarType::Int);
       list_scores_ = buffer(2 * most * n, type);
@@ -111,7 +112,8 @@ class ForwardScan {
     const int64_t m = view_.tokens(c);
     check_cuda(
         kernels::search_lists(view_.query, view_.rows(c), keys_, view_.heads, view_.num_sub_keys, view_.half_width,
-                              view_.topk, view_.idw, view_.eps, list_indices(c), list_scores(c), error_word_, stream_),
+                              view_.topk, view_.idw, view_.eps, search_.mutable_data_ptr<uint8_t>(), list_indices(c),
+                              list_scores(c), error_word_, stream_),
         "search_lists");
     check_cuda(kernels::combine_lists(list_indices(c), list_scores(c), m, view_.heads, view_.num_sub_keys, view_.topk,
                                       places(c), slots_.mutable_data_ptr<int32_t>(), scores_.mutable_data_ptr<T>(),
@@ -242,7 +244,7 @@ class ForwardScan {
   Tensor slots_, scores_, weights_, memory_terms_;  // (m, H, R) of the current chunk, as all that follows
   Tensor errors_, good_;                            // (m, V), (m)
   Tensor address_, alpha_;                          // (m, H, 2, R)
-  Tensor tables_, lists_, scratch_, counts_, gamma_;
+  Tensor tables_, lists_, scratch_, counts_, gamma_, search_;
 };
 
 ScanResult chunk_scan_cuda(const Tensor& values, const Tensor& sub_keys, const Tensor& query, const Tensor& target,

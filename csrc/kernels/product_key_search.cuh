@@ -16,17 +16,13 @@
 #pragma once
 #include "kernels/best_list.cuh"
 #include "kernels/errors.cuh"
+#include "kernels/product_key_filter.cuh"
 
 namespace fwpkm::kernels {
 
-// Token t = b * per_row + i of a launch stands at row b * row_stride + first + i of a (B, T, ...) tensor.
-struct TokenRows {
-  int64_t count, per_row, row_stride, first;
-  __device__ int64_t row(int64_t t) const { return t / per_row * row_stride + first + t % per_row; }
-};
-
 // ------------------------------------------------------------------------------------------------------------- sizes
 struct SearchSize : LaunchSize {
+  using Filter = FilterSize;
   static constexpr int kManyBlocks = 128;  // fewer leave a large GPU without work: then a block takes fewer tokens
 };
 
@@ -86,12 +82,24 @@ __device__ __forceinline__ void offer_tile(const T* similarities, int32_t first_
   });
 }
 
-// One block per tile of tokens, head and half. The next slice is on its way to registers while one is worked on.
+// Whether the filter has left a token of the tile to `search`.
+template <int kTokens>
+__device__ __forceinline__ bool left_over(const uint8_t* redo, int64_t first_token, int64_t tokens, int64_t lists,
+                                          int64_t list) {
+  bool left = false;
+  for (int64_t band = first_token / kRedoTokens;
+       band * kRedoTokens < tokens && band * kRedoTokens < first_token + kTokens; ++band)
+    left |= redo[band * lists + list] != 0;
+  return left;
+}
+
+// One block per tile of tokens, head and half. The next slice is on its way to registers while one is worked on. redo:
+// null, or what the filter has left over.
 template <typename Size, bool kMany, bool kIdw, int kPerLane, typename T>
 __global__ void __launch_bounds__(Size::kThreads, 2)
     search(const T* __restrict__ query, TokenRows rows, const T* __restrict__ sub_keys, bool aligned, int64_t lists,
-           int32_t num_sub_keys, int64_t width, int topk, T eps, int32_t* list_indices, T* list_scores,
-           unsigned* errors) {
+           int32_t num_sub_keys, int64_t width, int topk, T eps, const uint8_t* __restrict__ redo,
+           int32_t* list_indices, T* list_scores, unsigned* errors) {
   using Tile = SearchTile<T, Size::kThreads, kMany>;
   using Stage = SearchStage<T, Tile>;
   SIMT_SHARED(stage, Stage);
@@ -101,6 +109,7 @@ __global__ void __launch_bounds__(Size::kThreads, 2)
   const int64_t blocks = (rows.count + Tile::kTokens - 1) / Tile::kTokens * lists;
   for (int64_t b = blockIdx.x; b < blocks; b += gridDim.x) {
     const int64_t list = b % lists, first_token = b / lists * Tile::kTokens;
+    if (redo && !left_over<Tile::kTokens>(redo, first_token, rows.count, lists, list)) continue;
     const T* const keys = sub_keys + list * num_sub_keys * width;
     const T* queries[Tile::kQueryLoads];
 #pragma unroll
@@ -228,19 +237,32 @@ cudaError_t with_list_size(int64_t topk, const F& f) {
   return topk <= 32 ? f(std::integral_constant<int, 1>{}) : f(std::integral_constant<int, 4>{});
 }
 
+// Bytes of the workspace that search_lists needs.
+inline int64_t search_workspace(int64_t tokens, int64_t heads) { return filter_workspace(tokens, 2 * heads); }
+
 // query: rows (H, 2, K/2); sub_keys (H, 2, P, K/2); lists (N, H, 2, R) of the N = rows.count tokens; all contiguous.
 // 1 <= R <= kMaxTopk, R <= P. A T is float or double.
 template <typename Size = SearchSize, typename T>
 cudaError_t search_lists(const T* query, TokenRows rows, const T* sub_keys, int64_t heads, int64_t num_sub_keys,
-                         int64_t half_width, int64_t topk, bool idw, T eps, int32_t* list_indices, T* list_scores,
-                         unsigned* errors, cudaStream_t stream) {
+                         int64_t half_width, int64_t topk, bool idw, T eps, uint8_t* workspace, int32_t* list_indices,
+                         T* list_scores, unsigned* errors, cudaStream_t stream) {
   if (rows.count == 0) return cudaSuccess;
+  const bool aligned = rows_are_packs<T>(half_width, query, sub_keys);
+  const uint8_t* redo = nullptr;
+  if constexpr (std::is_same_v<T, float>) {
+    cudaError_t error = cudaSuccess;
+    if (aligned &&
+        launch_filter<typename Size::Filter>(query, rows, sub_keys, 2 * heads, num_sub_keys, half_width, topk, idw, eps,
+                                             list_indices, list_scores, workspace, stream, &error))
+      redo = workspace;
+    if (error != cudaSuccess) return error;
+  }
   const auto with = [&](auto many, auto is_idw, auto per_lane) {
     constexpr int kTokens = SearchTile<T, Size::kThreads, many()>::kTokens;
     const int64_t blocks = (rows.count + kTokens - 1) / kTokens * 2 * heads;
     return simt::launch(search<Size, many(), is_idw(), per_lane(), T>, blocks_for<Size>(blocks, 1), Size::kThreads,
-                        stream, query, rows, sub_keys, rows_are_packs<T>(half_width, query, sub_keys), 2 * heads,
-                        int32_t(num_sub_keys), half_width, int(topk), eps, list_indices, list_scores, errors);
+                        stream, query, rows, sub_keys, aligned, 2 * heads, int32_t(num_sub_keys), half_width, int(topk),
+                        eps, redo, list_indices, list_scores, errors);
   };
   constexpr int kManyTokens = SearchTile<T, Size::kThreads, true>::kTokens;
   const bool many = (rows.count + kManyTokens - 1) / kManyTokens * 2 * heads >= Size::kManyBlocks;

@@ -20,22 +20,66 @@ struct Type {
 };
 
 // Returns before the kernel ends. An error of the launch itself is returned, and not left for the next caller to find.
+// `shared`: bytes of SIMT_DYNAMIC_SHARED.
 template <typename... Parameters, typename... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, cudaStream_t stream,
-                   Arguments&&... arguments) {
+cudaError_t launch_with_shared(size_t shared, void (*kernel)(Parameters...), dim3 grid, dim3 block, cudaStream_t stream,
+                               Arguments&&... arguments) {
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;
+  config.dynamicSmemBytes = shared;
   config.stream = stream;
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, Parameters(std::forward<Arguments>(arguments))...);
   if (error != cudaSuccess) cudaGetLastError();
   return error;
 }
 
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, cudaStream_t stream,
+                   Arguments&&... arguments) {
+  return launch_with_shared(0, kernel, grid, block, stream, std::forward<Arguments>(arguments)...);
+}
+
+// Lets a kernel have so much dynamic shared memory; false where the device has less.
+template <typename Kernel>
+bool allow_shared(Kernel* kernel, size_t bytes) {
+  const bool allowed =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)) == cudaSuccess;
+  if (!allowed) cudaGetLastError();
+  return allowed;
+}
+
+// 16 bytes from global to shared memory, zeros if `from` is null; they are there after wait_for_copies and a barrier.
+__device__ __forceinline__ void copy16_async(void* to, const void* from) {
+  const unsigned shared = unsigned(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(from), "r"(from ? 16 : 0));
+}
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Of the groups that this thread has committed, all but the newest kOpen are done.
+template <int kOpen>
+__device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kOpen) : "memory");
+}
+
+// sum += A B on tensor cores, A (16, 8), B (8, 8); operands keep 10 bits of their mantissa at least. Of lane 4g + t,
+// a: A[g][t], A[g+8][t], A[g][t+4], A[g+8][t+4]; b: B[t][g], B[t+4][g]; sum: [g][2t], [g][2t+1], [g+8][2t],
+// [g+8][2t+1].
+__device__ __forceinline__ void multiply_tf32(float (&sum)[4], const float (&a)[4], const float (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])), "r"(__float_as_uint(a[3])),
+        "r"(__float_as_uint(b[0])), "r"(__float_as_uint(b[1])));
+}
+
 }  // namespace simt
 
 // SIMT_SHARED(sums, float[32]); declares shared memory of the block.
 #define SIMT_SHARED(name, ...) __shared__ typename ::simt::Type<__VA_ARGS__>::type name
+// The same for a struct too large for that; one per kernel, launched with launch_with_shared(sizeof(the struct), ...).
+#define SIMT_DYNAMIC_SHARED(name, ...)                            \
+  extern __shared__ __align__(16) unsigned char dynamic_shared[]; \
+  auto& name = *reinterpret_cast<typename ::simt::Type<__VA_ARGS__>::type*>(dynamic_shared)
 #else
 #include "cuda_on_cpu.h"
 #endif

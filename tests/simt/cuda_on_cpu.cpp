@@ -64,8 +64,8 @@ namespace {
 
 constexpr int kReturnWord = 6, kFrameWords = 8;  // one spare word keeps the ABI's stack alignment
 constexpr size_t kSharedBytes = 227 << 10, kPage = 4096, kStack = 128 << 10;
-constexpr const char* kNames[] = {"__syncwarp",      "__shfl_sync",   "__shfl_up_sync",  "__shfl_down_sync",
-                                  "__shfl_xor_sync", "__ballot_sync", "__match_any_sync"};
+constexpr const char* kNames[] = {"__syncwarp",      "__shfl_sync",   "__shfl_up_sync",   "__shfl_down_sync",
+                                  "__shfl_xor_sync", "__ballot_sync", "__match_any_sync", "multiply_tf32"};
 
 struct Block;
 
@@ -78,6 +78,7 @@ struct Fiber {
   bool done = false;
   const char* waits_in = nullptr;
   Site at;
+  std::vector<std::vector<std::pair<void*, const void*>>> copies{1};  // of copy_async: groups, the last one open
 };
 
 // For TSan. Two objects in turn: a fast thread's next arrival must not be taken for a part of this one.
@@ -94,7 +95,7 @@ struct Warp {
     int argument;
     size_t size;
     Site at;
-    unsigned char in[16], out[16];
+    unsigned char in[32], out[32];
   };
   Fiber* lane[32] = {};
   Slot slot[32];
@@ -221,8 +222,36 @@ int source_lane(Op op, int lane, int argument) {
   return lane ^ argument;
 }
 
+float truncated(float x) {  // to 10 bits of mantissa
+  unsigned bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  bits &= ~0x1fffu;
+  std::memcpy(&x, &bits, sizeof bits);
+  return x;
+}
+
+void multiply(Warp& w) {
+  double a[16][8], b[8][8];
+  for (int l = 0; l < 32; ++l) {
+    Fragments f;
+    std::memcpy(&f, w.slot[l].in, sizeof f);
+    for (int i = 0; i < 4; ++i) a[l / 4 + i % 2 * 8][l % 4 + i / 2 * 4] = double(truncated(f.a[i]));
+    for (int i = 0; i < 2; ++i) b[l % 4 + i * 4][l / 4] = double(truncated(f.b[i]));
+  }
+  for (int l = 0; l < 32; ++l) {
+    Fragments f{};
+    for (int i = 0; i < 4; ++i) {
+      double sum = 0;
+      for (int k = 0; k < 8; ++k) sum += a[l / 4 + i / 2 * 8][k] * b[k][l % 4 * 2 + i % 2];
+      f.a[i] = float(sum);
+    }
+    std::memcpy(w.slot[l].out, &f, sizeof f);
+  }
+}
+
 void complete(Warp& w, Op op, unsigned mask) {
   if (op == Op::kSync) return;
+  if (op == Op::kMultiply) return multiply(w);
   for (int l = 0; l < 32; ++l) {
     if (!(mask >> l & 1)) continue;
     Warp::Slot& mine = w.slot[l];
@@ -415,6 +444,27 @@ void warp_collective(Op op, unsigned mask, int argument, const void* in, void* o
     TSAN(__tsan_acquire(sync));
   }
   std::memcpy(out, slot.out, op == Op::kSync ? 0 : size);
+}
+
+void copy_async(void* to, const void* from) {
+  Inside inside;
+  self->copies.back().push_back({to, from});
+}
+
+void commit_copies() {
+  Inside inside;
+  self->copies.emplace_back();
+}
+
+// The next copy of the groups that are due when `open` may stay under way; false: none is left.
+bool take_copy(size_t open, void** to, const void** from) {
+  Inside inside;
+  auto& groups = self->copies;
+  while (groups.size() > open + 1 && groups.front().empty()) groups.erase(groups.begin());
+  if (groups.size() <= open + 1) return false;
+  std::tie(*to, *from) = groups.front().back();
+  groups.front().pop_back();
+  return true;
 }
 
 // Slices of exact size between poisoned gaps.

@@ -36,6 +36,7 @@ using std::exp;
 using std::fma;
 using std::isfinite;
 using std::log;
+using std::sqrt;
 
 // The caller's place, as default arguments.
 #define SIMT_HERE const char *file = __builtin_FILE(), int line = __builtin_LINE()
@@ -60,7 +61,12 @@ inline std::vector<Site> barriers_seen;  // every __syncthreads and __syncwarp t
 
 namespace detail {
 
-enum class Op { kSync, kShfl, kShflUp, kShflDown, kShflXor, kBallot, kMatchAny };
+enum class Op { kSync, kShfl, kShflUp, kShflDown, kShflXor, kBallot, kMatchAny, kMultiply };
+
+// What a lane brings to kMultiply.
+struct Fragments {
+  float a[4], b[2];
+};
 
 cudaError_t run(dim3 grid, dim3 block, const std::function<void()>& kernel);
 void block_barrier(Site at);
@@ -68,6 +74,9 @@ void warp_collective(Op op, unsigned mask, int argument, const void* in, void* o
 void* shared(const void* key, size_t size, size_t align);
 void preempt();
 void fence();
+void copy_async(void* to, const void* from);
+void commit_copies();
+bool take_copy(size_t open, void** to, const void** from);
 
 template <typename T>
 T collective(Op op, unsigned mask, T v, int argument, Site at) {
@@ -94,6 +103,33 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, cudaStr
   std::tuple<Parameters...> parameters{static_cast<Parameters>(std::forward<Arguments>(arguments))...};
   return detail::run(grid, block, [&] { std::apply(kernel, parameters); });
 }
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch_with_shared(size_t, void (*kernel)(Parameters...), dim3 grid, dim3 block, cudaStream_t stream,
+                               Arguments&&... arguments) {
+  return launch(kernel, grid, block, stream, std::forward<Arguments>(arguments)...);
+}
+template <typename Kernel>
+bool allow_shared(Kernel*, size_t bytes) {
+  return bytes <= 227 << 10;
+}
+
+// Copies happen when they are waited for, never before.
+inline void copy16_async(void* to, const void* from) { detail::copy_async(to, from); }
+inline void commit_copies() { detail::commit_copies(); }
+template <int kOpen>
+void wait_for_copies() {
+  void* to;
+  const void* from;
+  while (detail::take_copy(kOpen, &to, &from))
+    for (int i = 0; i < 4; ++i) static_cast<uint32_t*>(to)[i] = from ? static_cast<const uint32_t*>(from)[i] : 0;
+}
+
+// Operands lose what is below 10 bits of mantissa, as a device may.
+inline void multiply_tf32(float (&sum)[4], const float (&a)[4], const float (&b)[2], SIMT_HERE) {
+  detail::Fragments in{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}}, out;
+  detail::warp_collective(detail::Op::kMultiply, ~0u, 0, &in, &out, sizeof in, {file, line});
+  for (int i = 0; i < 4; ++i) sum[i] += out.a[i];
+}
 
 }  // namespace simt
 
@@ -101,6 +137,8 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, cudaStr
   static char name##_simt_key;                                      \
   auto& name = *static_cast<std::remove_reference_t<__VA_ARGS__>*>( \
       ::simt::detail::shared(&name##_simt_key, sizeof(__VA_ARGS__), alignof(__VA_ARGS__)))
+
+#define SIMT_DYNAMIC_SHARED(name, ...) SIMT_SHARED(name, __VA_ARGS__)
 
 // ---- barriers and fences
 inline void __syncthreads(SIMT_HERE) { simt::detail::block_barrier({file, line}); }

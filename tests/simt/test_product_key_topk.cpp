@@ -15,8 +15,10 @@ using namespace fwpkm::kernels;
 
 enum class Numbers {
   kReal,
-  kInteger,       // -1, 0, 1: many scores are equal, and many sums
-  kTwins,         // every sub-key comes three times
+  kInteger,  // -1, 0, 1: many scores are equal, and many sums
+  kTwins,    // every sub-key comes three times
+  kCut,      // sub-keys differ by what tensor cores do not see: few, then many of them
+  kCutAll,
   kNaN,           // in one query
   kInfinity,      // in one sub-key
   kLargeSums,     // finite scores whose sums overflow
@@ -30,6 +32,7 @@ struct Shape {
   size_t offset = 0;                               // of the rows from a multiple of 16 bytes, in elements
   int64_t per_row = 0, row_stride = 0, first = 0;  // TokenRows; 0: one batch row
   bool places = true;
+  int filtered = -1;    // 1: the filter leaves nothing over; 0: it leaves something over
   int64_t invalid = 0;  // every invalid-th slot of a backward is out of range
 
   int64_t lists() const { return 2 * heads; }
@@ -58,6 +61,14 @@ struct Data {
     if (s.numbers == Numbers::kTwins)
       for (int64_t j = 0; j < s.lists() * s.sub_keys; ++j)
         std::copy_n(&sub_keys[j / 3 * 3 * s.width], s.width, &sub_keys[j * s.width]);
+    if (s.numbers == Numbers::kCut || s.numbers == Numbers::kCutAll) {
+      const int64_t alike = s.numbers == Numbers::kCut ? 5 : s.sub_keys;
+      for (int64_t j = 0; j < s.lists() * s.sub_keys; ++j)
+        for (int64_t c = 0; c < s.width; ++c) {
+          const int64_t first = j - j % s.sub_keys % alike;
+          sub_keys[j * s.width + c] = sub_keys[first * s.width + c] * T(1 + double(random.below(1000)) / 1.1e6);
+        }
+    }
     if (s.numbers == Numbers::kNaN) query[((s.row(s.tokens / 2) + 1) * s.lists() - 1) * s.width] = T(NAN);
     if (s.numbers == Numbers::kInfinity) sub_keys[sub_keys.size() - 1] = T(INFINITY);
     if (s.numbers == Numbers::kLargeSums) {
@@ -154,11 +165,14 @@ Run make_search(Shape s) {
   return [=]() -> std::string {
     Buffer<int32_t> indices(entries), places(s.places ? reads : 0), slots(reads);
     Buffer<T> list_scores(entries), scores(reads);
+    Buffer<uint8_t> workspace(search_workspace(s.tokens, s.heads));
     Buffer<unsigned> errors(2);
     errors.clear(0);
     if (search_lists<Size>(d->query.get(), s.rows(), d->sub_keys.get(), s.heads, s.sub_keys, s.width, s.topk, s.idw,
-                           d->eps, indices.get(), list_scores.get(), &errors[0], nullptr))
+                           d->eps, workspace.get(), indices.get(), list_scores.get(), &errors[0], nullptr))
       return "launch of search_lists";
+    if (s.filtered >= 0 && s.filtered != !std::count(&workspace[0], &workspace[workspace.size()], 1))
+      return "which lists were left over by the filter";
     if (!indices.same_bits(expected.indices)) return "list indices";
     if (!same_or_nan(list_scores, expected.list_scores)) return "list scores";
     if (combine_lists<Size>(indices.get(), list_scores.get(), s.tokens, s.heads, s.sub_keys, s.topk,
@@ -180,7 +194,7 @@ Run make_too_many() {
     Buffer<T> rows(kMaxTopk + 1);
     Buffer<int32_t> indices(1);
     const bool refused = search_lists(rows.get(), TokenRows{1, 1, 1, 0}, rows.get(), 1, kMaxTopk + 1, 1, kMaxTopk + 1,
-                                      false, T(1), indices.get(), rows.get(), nullptr, nullptr) != cudaSuccess;
+                                      false, T(1), nullptr, indices.get(), rows.get(), nullptr, nullptr) != cudaSuccess;
     return expect(refused, "not refused");
   };
 }
@@ -254,15 +268,38 @@ Run make_backward(Shape s) {
 }
 
 using Normal = SearchSize;
+template <typename Base>
+struct NoFilter : Base {
+  static constexpr int kManyTokens = 64, kFewTokens = 16, kManyBlocks = 0, kLeastTokens = 1 << 30;
+};
 struct Many : SearchSize {  // a block takes many tokens, however few there are
+  using Filter = NoFilter<LaunchSize>;
   static constexpr int kManyBlocks = 0;
 };
 struct SmallFew : Small {
+  using Filter = NoFilter<Small>;
   static constexpr int kManyBlocks = 1 << 30;
 };
 struct SmallMany : Small {
+  using Filter = NoFilter<Small>;
   static constexpr int kManyBlocks = 0;
 };
+template <int kBlocks>
+struct Filtering : SearchSize {  // blocks of many tokens or of few
+  struct Filter : FilterSize {
+    static constexpr int kManyBlocks = kBlocks, kLeastTokens = 1;
+  };
+};
+template <int kBlocks>
+struct SmallFiltering : SmallMany {
+  struct Filter : Small {
+    static constexpr int kManyTokens = 32, kFewTokens = 16, kManyBlocks = kBlocks, kLeastTokens = 1;
+  };
+};
+using FilterMany = Filtering<0>;
+using FilterFew = Filtering<1 << 30>;
+using SmallFilterMany = SmallFiltering<0>;
+using SmallFilterFew = SmallFiltering<1 << 30>;
 using Sort = OrderedListsSize;
 constexpr bool kIdw = true;
 
@@ -306,6 +343,80 @@ const Register kCases({
      [] { return make_search<SmallMany, double>({18, 2, 30, 5, 4, kIdw, Numbers::kReal, 1, 6, 11, 3}); }},
     {"search_no_places",
      [] { return make_search<SmallFew, float>({3, 1, 30, 8, 4, false, Numbers::kReal, 0, 0, 0, 0, false}); }},
+    {"filter_many",
+     [] { return make_search<FilterMany, float>({70, 1, 512, 40, 8, false, Numbers::kReal, 0, 0, 0, 0, true, 1}); }},
+    {"filter_many_idw",
+     [] { return make_search<FilterMany, float>({70, 1, 512, 36, 8, kIdw, Numbers::kReal, 0, 0, 0, 0, true, 1}); }},
+    {"filter_few",
+     [] { return make_search<FilterFew, float>({20, 2, 300, 20, 8, false, Numbers::kReal, 0, 0, 0, 0, true, 1}); }},
+    {"filter_few_idw",
+     [] { return make_search<FilterFew, float>({17, 1, 600, 72, 8, kIdw, Numbers::kReal, 0, 0, 0, 0, true, 1}); }},
+    {"filter_one_read",
+     [] { return make_search<SmallFilterFew, float>({17, 1, 60, 4, 1, false, Numbers::kReal, 0, 0, 0, 0, true, 1}); }},
+    {"filter_all_sets",
+     [] { return make_search<FilterMany, float>({20, 1, 256, 8, 32, false, Numbers::kReal, 0, 0, 0, 0, true, 1}); }},
+    {"filter_32_reads_idw",
+     [] { return make_search<FilterFew, float>({18, 1, 300, 12, 32, kIdw, Numbers::kReal, 0, 0, 0, 0, true, 1}); }},
+    {"filter_17_reads",
+     [] { return make_search<FilterFew, float>({18, 1, 300, 12, 17, false, Numbers::kReal, 0, 0, 0, 0, true, 1}); }},
+    {"filter_too_many_reads",
+     [] { return make_search<FilterFew, float>({18, 1, 300, 12, 33, false, Numbers::kReal, 0, 0, 0, 0, true, -1}); }},
+    {"filter_many_rounds",
+     [] {
+       return make_search<SmallFilterMany, float>({40, 2, 300, 36, 8, false, Numbers::kReal, 0, 0, 0, 0, true, 1});
+     }},
+    {"filter_shifted",
+     [] { return make_search<FilterFew, float>({9, 1, 70, 40, 4, false, Numbers::kReal, 1, 0, 0, 0, true, -1}); }},
+    {"filter_ties",
+     [] {
+       return make_search<SmallFilterFew, float>({20, 2, 140, 4, 4, false, Numbers::kInteger, 0, 0, 0, 0, true, 0});
+     }},
+    {"filter_twins",
+     [] {
+       return make_search<SmallFilterMany, float>({33, 1, 150, 16, 4, false, Numbers::kTwins, 0, 0, 0, 0, true, 1});
+     }},
+    {"filter_twins_idw",
+     [] { return make_search<FilterFew, float>({20, 1, 300, 16, 8, kIdw, Numbers::kTwins, 0, 0, 0, 0, true, 1}); }},
+    {"filter_cut",
+     [] {
+       return make_search<SmallFilterMany, float>({40, 1, 150, 64, 4, false, Numbers::kCut, 0, 0, 0, 0, true, 1});
+     }},
+    {"filter_cut_idw",
+     [] { return make_search<FilterFew, float>({20, 1, 300, 64, 8, kIdw, Numbers::kCut, 0, 0, 0, 0, true, 1}); }},
+    {"filter_cut_all",
+     [] {
+       return make_search<SmallFilterFew, float>({20, 1, 150, 32, 4, kIdw, Numbers::kCutAll, 0, 0, 0, 0, true, 0});
+     }},
+    {"filter_nan",
+     [] { return make_search<SmallFilterFew, float>({20, 2, 150, 8, 4, false, Numbers::kNaN, 0, 0, 0, 0, true, 0}); }},
+    {"filter_infinity",
+     [] {
+       return make_search<SmallFilterMany, float>({40, 2, 150, 8, 4, kIdw, Numbers::kInfinity, 0, 0, 0, 0, true, 0});
+     }},
+    {"filter_infinity_first_tile",
+     [] {
+       return make_search<SmallFilterFew, float>({5, 1, 300, 8, 4, false, Numbers::kInfinity, 0, 0, 0, 0, true, 0});
+     }},
+    {"filter_large_sums",
+     [] {
+       return make_search<SmallFilterFew, float>({2, 2, 80, 4, 3, false, Numbers::kLargeSums, 0, 0, 0, 0, true, 0});
+     }},
+    {"filter_zero_distance",
+     [] {
+       return make_search<SmallFilterFew, float>({3, 2, 70, 4, 3, kIdw, Numbers::kZeroDistance, 0, 0, 0, 0, true, 0});
+     }},
+    {"filter_batch_rows",
+     [] { return make_search<SmallFilterFew, float>({23, 1, 40, 8, 4, false, Numbers::kReal, 0, 7, 10, 2, true, 1}); }},
+    {"filter_batch_rows_many",
+     [] {
+       return make_search<SmallFilterMany, float>({38, 2, 40, 12, 4, kIdw, Numbers::kReal, 0, 6, 11, 3, true, 1});
+     }},
+    {"small_filter_few",
+     [] { return make_search<SmallFilterFew, float>({20, 1, 70, 36, 2, false, Numbers::kReal, 0, 0, 0, 0, true, 1}); }},
+    {"small_filter_many",
+     [] {
+       return make_search<SmallFilterMany, float>({35, 1, 150, 20, 4, kIdw, Numbers::kReal, 0, 0, 0, 0, true, 1});
+     }},
     {"search_too_many_reads", [] { return make_too_many<float>(); }},
     {"small_search_few", [] { return make_search<SmallFew, float>({17, 1, 70, 36, 2}); }},
     {"small_search_many", [] { return make_search<SmallMany, float>({33, 1, 130, 20, 2, kIdw}); }},
@@ -322,9 +433,11 @@ const Register kCases({
     {"topk_backward_hot", [] { return make_backward<Small, Small, float>({300, 1, 2, 4, 2, kIdw}); }},
     {"topk_backward_no_tokens", [] { return make_backward<Small, Small, float>({0, 2, 7, 8, 3}); }},
     {"topk_backward_invalid",
-     [] { return make_backward<Small, Small, double>({9, 2, 7, 6, 3, false, Numbers::kReal, 0, 0, 0, 0, true, 10}); }},
+     [] {
+       return make_backward<Small, Small, double>({9, 2, 7, 6, 3, false, Numbers::kReal, 0, 0, 0, 0, true, -1, 10});
+     }},
     {"topk_backward_invalid_idw",
-     [] { return make_backward<Small, Small, float>({9, 2, 7, 6, 3, kIdw, Numbers::kReal, 0, 0, 0, 0, true, 7}); }},
+     [] { return make_backward<Small, Small, float>({9, 2, 7, 6, 3, kIdw, Numbers::kReal, 0, 0, 0, 0, true, -1, 7}); }},
     {"small_topk_backward", [] { return make_backward<Small, Small, float>({5, 1, 3, 8, 3, kIdw}); }},
 });
 
