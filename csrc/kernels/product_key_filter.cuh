@@ -1,7 +1,7 @@
 // The search of many float tokens on tensor cores: a filter, and the similarities of what it lets through.
 //
 // The filter computes all similarities from operands of 10 bits, takes for each token and list a number that at least
-// R of the true similarities reach, and keeps the sub-keys that may reach it as well: about 10 for R = 8 and P = 512.
+// R of the true similarities reach, and keeps the sub-keys that may reach it as well: about 11 for R = 8 and P = 512.
 // Their similarities are then computed as `search` computes them, so that the lists are those of product_key_search.cuh
 // bit for bit. Where that cannot be promised - too many sub-keys are that close together, a number is not finite - some
 // 16 tokens are left to `search` itself (`redo`).
@@ -46,7 +46,7 @@ struct FilterTile {
   static constexpr int kBands = kTokens / 16, kGroups = 8, kKeys = kWarps * kGroups * 8;
   static constexpr int kNormRows =
       (kTokens + 8 * kWarps - 1) / (8 * kWarps);  // queries of whose norm a lane has a part
-  static constexpr int kAllSets = kWarps * 4 * kSets, kMostTopk = kAllSets / 2;
+  static constexpr int kAllSets = kWarps * 4 * kSets, kMostTopk = kAllSets / (kSets == 1 ? 4 : 2);
   static constexpr int kMostKept = kSets == 1 ? 48 : 80;  // sub-keys of a token
   static constexpr int kStages = 2;
   static constexpr int kColumns = 16;                          // of the filter's slices
