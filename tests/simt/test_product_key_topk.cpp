@@ -369,7 +369,7 @@ const Register kCases({
      [] { return make_search<FilterFew, float>({9, 1, 70, 40, 4, false, Numbers::kReal, 1, 0, 0, 0, true, -1}); }},
     {"filter_ties",
      [] {
-       return make_search<SmallFilterFew, float>({20, 2, 140, 4, 4, false, Numbers::kInteger, 0, 0, 0, 0, true, 0});
+       return make_search<SmallFilterFew, float>({20, 2, 300, 4, 2, false, Numbers::kInteger, 0, 0, 0, 0, true, 0});
      }},
     {"filter_twins",
      [] {
