@@ -50,6 +50,7 @@ struct AddToKeys {
   const double* alpha;  // sums of alpha by sub-key; null: without theta
 
   __device__ bool wanted(const List&) const { return true; }
+  __device__ void expect(const List&, int64_t, int64_t) const {}
   template <bool kAligned>
   __device__ void put(const List& list, int64_t column, int64_t width, bool inside, Pack<T> sum) const {
     if (!inside) return;

@@ -56,6 +56,10 @@ struct RowsBefore {
   bool adds;  // the second pass: dV is there, the sum is added
 
   __device__ bool wanted(const List& list) const { return gradients[list.begin].wanted; }
+  __device__ void expect(const List& list, int64_t column, int64_t width) const {
+    const ListGradient<T> g = gradients[list.begin];
+    if (column < width && (adds || g.holds)) simt::prefetch(rows + g.row * width + column);
+  }
   template <bool kAligned>
   __device__ void put(const List& list, int64_t column, int64_t width, bool inside, Pack<T> sum) const {
     if (!inside) return;

@@ -50,16 +50,23 @@ struct TokenRead {
 };
 
 // ------------------------------------------------------------------------------------------------------------ kernel
-// A pack of a row of gradients where `open` has bits, and 0 elsewhere. open: of the row, or null.
+// Which columns of a pack the clamp let through, from bit 0 on. open: of the row, or null.
+__device__ __forceinline__ unsigned open_bits(const uint8_t* open, int64_t column) {
+  return open ? open[column / 8] >> (column % 8) : ~0u;  // a pack does not straddle bytes
+}
+
+template <typename T>
+__device__ __forceinline__ void clear_closed(Pack<T>& pack, unsigned bits) {
+#pragma unroll
+  for (int j = 0; j < Pack<T>::kSize; ++j)
+    if (!(bits >> j & 1)) pack.v[j] = 0;
+}
+
+// A pack of a row of gradients where the clamp was open, and 0 elsewhere.
 template <bool kAligned, typename T>
 __device__ __forceinline__ Pack<T> load_open(const T* row, const uint8_t* open, int64_t column, int64_t width) {
   Pack<T> pack = load_pack<kAligned>(row, column, width);
-  if (open) {
-    const unsigned bits = open[column / 8] >> (column % 8);  // a pack does not straddle bytes
-#pragma unroll
-    for (int j = 0; j < Pack<T>::kSize; ++j)
-      if (!(bits >> j & 1)) pack.v[j] = 0;
-  }
+  clear_closed(pack, open_bits(open, column));
   return pack;
 }
 
@@ -132,20 +139,26 @@ __global__ void __launch_bounds__(Size::kThreads) token_gradients(BackwardTokens
         Pack<T> error = filled_pack(T(0)), derror = error;
         for (int64_t first = 0; first < n; first += kInFlight) {
           Pack<T> rows[kInFlight], gradients[kInFlight];
+          unsigned open[kInFlight];
 #pragma unroll
           for (int j = 0; j < kInFlight; ++j) {
             if (first + j >= n) continue;
             const TokenRead<T>& read = reads[first + j];
-            rows[j] = load_row<kAligned>(row_of(read), view.keep, column, width);
-            if (read.gradient) gradients[j] = load_open<kAligned>(read.gradient, open_of(read), column, width);
+            rows[j] = load_pack<kAligned>(read.row, column, width);
+            if (!read.gradient) continue;
+            gradients[j] = load_pack<kAligned>(read.gradient, column, width);
+            open[j] = open_bits(open_of(read), column);
           }
 #pragma unroll
           for (int j = 0; j < kInFlight; ++j) {
             if (first + j >= n) continue;
             const TokenRead<T>& read = reads[first + j];
+            apply_decays(rows[j], read.decays, view.keep);
             add_product(error, read.weight, rows[j]);
             if (x.directions) add_product(derror, x.y[t * n + first + j], rows[j]);
-            if (read.gradient) add_product(derror, read.weight * read.scale, gradients[j]);
+            if (!read.gradient) continue;
+            clear_closed(gradients[j], open[j]);
+            add_product(derror, read.weight * read.scale, gradients[j]);
           }
         }
         subtract(error, load_pack<kAligned>(view.target + view.target_row(token) * width, column, width));

@@ -92,10 +92,15 @@ __global__ void __launch_bounds__(Size::kThreads)
   for (int d = threadIdx.x; d < pass.digits; d += Size::kThreads) count[d] = 0;
   __syncthreads();
   const int64_t tile = blockIdx.x;
+  int32_t keys[Size::kSteps];  // all on their way at once
+#pragma unroll
   for (int s = 0; s < Size::kSteps; ++s) {
     const int64_t i = tile * kTile<Size> + s * Size::kThreads + threadIdx.x;
-    if (i < n) atomicAdd(&count[pass.digit(source.key(int32_t(i)))], 1);
+    keys[s] = i < n ? source.key(int32_t(i)) : -1;
   }
+#pragma unroll
+  for (int s = 0; s < Size::kSteps; ++s)
+    if (keys[s] >= 0) atomicAdd(&count[pass.digit(keys[s])], 1);
   __syncthreads();
   for (int d = threadIdx.x; d < pass.digits; d += Size::kThreads) counts[int64_t(d) * pass.tiles + tile] = count[d];
 }
@@ -122,7 +127,7 @@ __global__ void __launch_bounds__(Size::kThreads)
 // smaller digits, plus those of its digit in tiles, warps, steps and lanes before: the sort is stable. totals: of
 // sum_over_tiles, or null if counts are still those of each tile.
 template <typename Size, typename Source>
-__global__ void __launch_bounds__(Size::kThreads)
+__global__ void __launch_bounds__(Size::kThreads, 4)
     move_entries(Source source, int32_t n, RadixPass pass, const int32_t* __restrict__ counts,
                  const int32_t* __restrict__ totals, int32_t* __restrict__ new_key, int32_t* __restrict__ new_entry) {
   constexpr int kWarps = Size::kThreads / 32;
@@ -135,10 +140,16 @@ __global__ void __launch_bounds__(Size::kThreads)
 
   for (int d = lane; d < pass.digits; d += 32) place[warp][d] = 0;
   __syncwarp();
+  int32_t keys[Size::kSteps], entries[Size::kSteps];  // all on their way at once; -1: no entry
+#pragma unroll
   for (int s = 0; s < Size::kSteps; ++s) {
     const int64_t i = first + s * 32;
-    if (i < n) atomicAdd(&place[warp][pass.digit(source.key(int32_t(i)))], 1);
+    keys[s] = i < n ? source.key(int32_t(i)) : -1;
+    entries[s] = i < n ? source.entry(int32_t(i)) : 0;
   }
+#pragma unroll
+  for (int s = 0; s < Size::kSteps; ++s)
+    if (keys[s] >= 0) atomicAdd(&place[warp][pass.digit(keys[s])], 1);
   for (int d = threadIdx.x; d < pass.digits; d += Size::kThreads) {
     const int32_t* const row = counts + int64_t(d) * pass.tiles;
     before[d] = totals ? row[tile] : 0;
@@ -172,16 +183,16 @@ __global__ void __launch_bounds__(Size::kThreads)
     }
   }
   __syncthreads();  // place
+#pragma unroll
   for (int s = 0; s < Size::kSteps; ++s) {
-    const int64_t i = first + s * 32;
-    const int32_t k = i < n ? source.key(int32_t(i)) : 0;
-    const int digit = i < n ? pass.digit(k) : kMostDigits;  // kMostDigits: no entry
+    const int32_t k = keys[s];
+    const int digit = k >= 0 ? pass.digit(k) : kMostDigits;  // kMostDigits: no entry
     const unsigned same = __match_any_sync(kFullWarp, digit), in_front = same & ((1u << lane) - 1);
-    const int to = i < n ? place[warp][digit] + __popc(in_front) : 0;
+    const int to = k >= 0 ? place[warp][digit] + __popc(in_front) : 0;
     __syncwarp();  // all have read place
-    if (i < n) {
+    if (k >= 0) {
       new_key[to] = k;
-      new_entry[to] = source.entry(int32_t(i));
+      new_entry[to] = entries[s];
       if (!in_front) place[warp][digit] += __popc(same);
     }
     __syncwarp();  // place is ready for the next step

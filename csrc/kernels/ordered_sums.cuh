@@ -17,6 +17,8 @@
 //   };
 //   struct Output {
 //     bool wanted(const List&) const;      // false: nobody needs this sum
+//     // A sum will be put soon: a hint to fetch what that needs of the row, 16 bytes a lane from its column on.
+//     void expect(const List&, int64_t column, int64_t width) const;
 //     // Called by all lanes of a warp for each part of a row, 16 bytes a lane; !inside: the lane is beyond the row.
 //     template <bool kAligned>
 //     void put(const List&, int64_t column, int64_t width, bool inside, const Pack<T>& sum) const;
@@ -52,6 +54,7 @@ struct StoreRows {
   T* rows;
   int64_t row_width;
   __device__ bool wanted(const List&) const { return true; }
+  __device__ void expect(const List&, int64_t, int64_t) const {}
   template <bool kAligned>
   __device__ void put(const List& list, int64_t column, int64_t width, bool inside, const Pack<T>& sum) const {
     if (inside) store_pack<kAligned>(rows + list.key * row_width, column, width, sum);
@@ -67,15 +70,18 @@ __global__ void __launch_bounds__(Size::kThreads)
   const int lane = threadIdx.x;
   const int64_t step = int64_t(gridDim.x) * blockDim.z;
   for (int64_t p = int64_t(blockIdx.x) * blockDim.z + threadIdx.z; p < lists.n; p += step) {
-    const int32_t key = lists.key[p], begin = lists.begin[p];
+    // All that can be asked for at once is, whether or not a piece begins here.
+    const int32_t begin = lists.begin[p], its_key = p + lane < lists.n ? lists.key[p + lane] : lists.num_keys;
+    const int32_t entry = p + lane < lists.n ? lists.entry[p + lane] : 0;
+    const int32_t key = __shfl_sync(kFullWarp, its_key, 0), first_entry = __shfl_sync(kFullWarp, entry, 0);
+    const bool longer = p + kPiece < lists.n && lists.key[p + kPiece] == key;
     if (key == lists.num_keys) return;  // no list here nor after it
     if ((p - begin) % kPiece) continue;
-    const List list{key, begin, lists.entry[begin]};
+    const List list{key, begin, p == begin ? first_entry : lists.entry[begin]};
     if (!output.wanted(list)) continue;
-    const bool mine = p + lane < lists.n && lists.key[p + lane] == key;
+    const bool mine = its_key == key, only = p == begin && !longer;
     const int count = __popc(__ballot_sync(kFullWarp, mine));
-    const bool only = p == begin && !(p + kPiece < lists.n && lists.key[p + kPiece] == key);
-    const int32_t entry = mine ? lists.entry[p + lane] : 0;
+    if (only) output.expect(list, int64_t(threadIdx.y * 32 + lane) * Pack<T>::kSize, width);
     const T* const row = mine ? terms.row(entry) : nullptr;
     const T factor = mine ? terms.factor(entry) : T(0);
 

@@ -137,11 +137,11 @@ __global__ void __launch_bounds__(Size::kThreads, 2)
     const auto put = [&] {
 #pragma unroll
       for (int i = 0; i < Tile::kKeyLoads; ++i)
-        store_pack<true>(stage.slice.keys[load_row + i * Tile::kRowsAtOnce], load_column, 0, key_packs[i]);
+        *reinterpret_cast<Pack<T>*>(&stage.slice.keys[load_row + i * Tile::kRowsAtOnce][load_column]) = key_packs[i];
 #pragma unroll
       for (int i = 0; i < Tile::kQueryLoads; ++i)
         if (const int row = load_row + i * Tile::kRowsAtOnce; row < Tile::kTokens)
-          store_pack<true>(stage.slice.query[row], load_column, 0, query_packs[i]);
+          *reinterpret_cast<Pack<T>*>(&stage.slice.query[row][load_column]) = query_packs[i];
     };
 
     fetch(0, 0);

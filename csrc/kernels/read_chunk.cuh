@@ -89,10 +89,13 @@ __global__ void __launch_bounds__(Size::kThreads) read_tokens(ReadArguments<T> x
         Pack<T> packs[kInFlight];
 #pragma unroll
         for (int j = 0; j < kInFlight; ++j)
-          if (first + j < n) packs[j] = load_row<kAligned>(rows[first + j], view.keep, column, width);
+          if (first + j < n) packs[j] = load_pack<kAligned>(rows[first + j].data, column, width);
 #pragma unroll
-        for (int j = 0; j < kInFlight; ++j)
-          if (first + j < n) add_product(sum, a[first + j], packs[j]);
+        for (int j = 0; j < kInFlight; ++j) {
+          if (first + j >= n) continue;
+          apply_decays(packs[j], rows[first + j].decays, view.keep);
+          add_product(sum, a[first + j], packs[j]);
+        }
       }
       if (own) store_pack<kAligned>(x.out + view.own_row(token) * width, column, width, sum);
       if (!pair) continue;

@@ -103,12 +103,17 @@ struct Versions {
   }
 };
 
+template <typename T>
+__device__ __forceinline__ void apply_decays(Pack<T>& pack, int64_t decays, T keep) {
+  for (int64_t i = 0; i < decays; ++i)
+#pragma unroll
+    for (int j = 0; j < Pack<T>::kSize; ++j) pack.v[j] *= keep;
+}
+
 template <bool kAligned, typename T>
 __device__ __forceinline__ Pack<T> load_row(const Row<T>& row, T keep, int64_t column, int64_t width) {
   Pack<T> pack = load_pack<kAligned>(row.data, column, width);
-  for (int64_t i = 0; i < row.decays; ++i)
-#pragma unroll
-    for (int j = 0; j < Pack<T>::kSize; ++j) pack.v[j] *= keep;
+  apply_decays(pack, row.decays, keep);
   return pack;
 }
 

@@ -19,6 +19,16 @@ struct Type {
   using type = T;
 };
 
+// 16 bytes to global memory in one store. From a struct held in registers the compiler makes four.
+template <typename T>
+__device__ __forceinline__ void store16(void* to, const T& from) {
+  const uint4 x = __builtin_bit_cast(uint4, from);
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
+}
+
+// Asks for a line of global memory that will be loaded soon.
+__device__ __forceinline__ void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
+
 // Returns before the kernel ends. An error of the launch itself is returned, and not left for the next caller to find.
 // `shared`: bytes of SIMT_DYNAMIC_SHARED.
 template <typename... Parameters, typename... Arguments>

@@ -48,7 +48,7 @@ __device__ __forceinline__ Pack<T> load_pack(const T* row, int64_t column, int64
 template <bool kAligned, typename T>
 __device__ __forceinline__ void store_pack(T* row, int64_t column, int64_t width, const Pack<T>& pack) {
   if constexpr (kAligned) {
-    *reinterpret_cast<Pack<T>*>(row + column) = pack;
+    simt::store16(row + column, pack);
   } else {
 #pragma unroll
     for (int j = 0; j < Pack<T>::kSize; ++j)

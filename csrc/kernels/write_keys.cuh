@@ -31,6 +31,7 @@ struct NewKeys {
   unsigned* error_word;
 
   __device__ bool wanted(const List&) const { return true; }
+  __device__ void expect(const List&, int64_t, int64_t) const {}
   template <bool kAligned>
   __device__ void put(const List& list, int64_t column, int64_t width, bool inside, const Pack<T>& sum) const {
     constexpr int kPack = Pack<T>::kSize;

@@ -46,6 +46,10 @@ struct NewRows {
   unsigned* error_word;
 
   __device__ bool wanted(const List&) const { return true; }
+  __device__ void expect(const List& list, int64_t column, int64_t width) const {
+    const int32_t place = newest ? newest[list.key] - 1 : -1;
+    if (column < width) simt::prefetch(versions.row(list.key, place, writes, true).data + column);
+  }
   template <bool kAligned>
   __device__ void put(const List& list, int64_t column, int64_t width, bool inside, const Pack<T>& sum) const {
     constexpr int kPack = Pack<T>::kSize;
@@ -54,11 +58,12 @@ struct NewRows {
     const int64_t at = newest ? list.first : list.key;
     bool passes[kPack] = {}, finite = true;
     if (inside) {
+      const T step = gamma[list.begin];  // asked for before the row, which is waited for
       Pack<T> row = load_row<kAligned>(old, view.keep, column, width);
 #pragma unroll
       for (int j = 0; j < kPack; ++j) {
         bool fits;
-        row.v[j] = gradient_step(row.v[j], gamma[list.begin] * sum.v[j], view.lr, view.grad_clip, passes[j], fits);
+        row.v[j] = gradient_step(row.v[j], step * sum.v[j], view.lr, view.grad_clip, passes[j], fits);
         finite &= fits;
       }
       if (!finite) {

@@ -131,6 +131,12 @@ inline void multiply_tf32(float (&sum)[4], const float (&a)[4], const float (&b)
   for (int i = 0; i < 4; ++i) sum[i] += out.a[i];
 }
 
+template <typename T>
+void store16(void* to, const T& from) {
+  *static_cast<T*>(to) = from;
+}
+inline void prefetch(const void*) {}
+
 }  // namespace simt
 
 #define SIMT_SHARED(name, ...)                                      \
