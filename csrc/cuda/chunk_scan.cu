@@ -51,7 +51,7 @@ class ForwardScan {
     if (s.writes == 0) return;
     errors_ = buffer(most * s.width, type);
     if (!o.values_only) memory_terms_ = buffer(most * n, type);
-    lists_ = buffer(kernels::ordered_lists_workspace(int32_t(2 * most * n)), ScalarType::Int);
+    slot_lists_ = buffer(kernels::ordered_lists_workspace(int32_t(most * n)), ScalarType::Int);
     scratch_ = buffer(std::max(kernels::ordered_sums_scratch(int32_t(most * n), s.width),
                                kernels::ordered_sums_scratch(int32_t(2 * most * n), s.keys.half_width)),
                       type);
@@ -59,6 +59,7 @@ class ForwardScan {
     gamma_ = buffer(most * n, type);
     if (!in_place) newest_ = make_zeros(in.values, {s.slots}, ScalarType::Int);
     if (!o.keys_move()) return;
+    key_lists_ = buffer(kernels::ordered_lists_workspace(int32_t(2 * most * n)), ScalarType::Int);
     address_ = buffer(2 * most * n, type);
     alpha_ = buffer(2 * most * n, type);
     tables_ = buffer(4 * s.keys.sub_keys, ScalarType::Double);
@@ -70,8 +71,9 @@ class ForwardScan {
     for (size_t i = 0; i < chunks.size(); ++i) {
       read(chunks[i]);
       if (!chunks[i].writes) continue;
-      write_rows(chunks[i], kappa_of(s_.steps[i], s_, o_, masked_));
-      write_keys(chunks[i]);
+      const auto [by_slot, by_key] = build_lists(chunks[i]);
+      write_rows(chunks[i], by_slot, kappa_of(s_.steps[i], s_, o_, masked_));
+      write_keys(chunks[i], by_key);
     }
     if (in_place_) {
       if (keys_ != sub_keys_) torch::stable::copy_(sub_keys, torch::stable::view(other_keys_, sub_keys.sizes()));
@@ -143,18 +145,25 @@ class ForwardScan {
     check_cuda(kernels::read_chunk(arguments, aligned, stream_), "read_chunk");
   }
 
-  void write_rows(const Chunk& c, const Kappa& kappa) {
-    const int32_t reads = int32_t(view_.tokens(c) * view_.reads());
+  // The chunk's reads by slot; its entries by sub-key, if they move.
+  std::pair<kernels::OrderedLists, kernels::OrderedLists> build_lists(const Chunk& c) {
+    const int32_t reads = int32_t(view_.tokens(c) * view_.reads()), entries = o_.keys_move() ? 2 * reads : 0;
+    const auto by_slot = kernels::grouping(slots_.const_data_ptr<int32_t>(), reads, int32_t(s_.slots),
+                                           slot_lists_.mutable_data_ptr<int32_t>(), nullptr);
+    const auto by_key = kernels::grouping(kernels::entry_keys(view_, list_indices(c)), entries,
+                                          int32_t(view_.key_rows()), pointer<int32_t>(key_lists_), nullptr);
+    check_cuda(kernels::build_ordered_lists(by_slot, by_key, stream_), "build_ordered_lists");
+    return {by_slot.lists(), by_key.lists()};
+  }
+
+  void write_rows(const Chunk& c, const kernels::OrderedLists& lists, const Kappa& kappa) {
+    const int32_t reads = lists.n;
     const int64_t first_place = s_.batch * c.tokens_before * view_.reads(), open_bytes = (s_.width + 7) / 8;
     if (in_place_ && o_.decays())
       check_cuda(simt::launch(kernels::decay<Size, T>, kernels::blocks_for<Size>(s_.slots * s_.width, Size::kThreads),
                               Size::kThreads, stream_, values_, s_.slots * s_.width, view_.keep, error_word_),
                  "decay");
     if (reads == 0) return;
-    kernels::OrderedLists lists;
-    check_cuda(kernels::build_ordered_lists(slots_.const_data_ptr<int32_t>(), reads, int32_t(s_.slots),
-                                            lists_.mutable_data_ptr<int32_t>(), nullptr, stream_, &lists),
-               "build_ordered_lists");
     int32_t* const counts = counts_.mutable_data_ptr<int32_t>();
     T *const gamma = gamma_.mutable_data_ptr<T>(), *const to = in_place_ ? values_ : log_ + first_place * s_.width;
     check_cuda(kernels::list_step_sizes(lists, view_, c, kappa.constant, kappa.per_pair, counts, counts + reads, gamma,
@@ -184,7 +193,7 @@ class ForwardScan {
                "publish_rows");
   }
 
-  void write_keys(const Chunk& c) {
+  void write_keys(const Chunk& c, const kernels::OrderedLists& lists) {
     T* const loss = r_.addressing_loss.mutable_data_ptr<T>() + c.writes_before;
     if (!o_.keys_move()) {
       check_cuda(kernels::fill(loss, 1, T(0), stream_), "write_keys");
@@ -195,13 +204,6 @@ class ForwardScan {
                     : c.writes_before + 1 == s_.writes
                         ? r_.new_sub_keys.mutable_data_ptr<T>()
                         : r_.key_versions.mutable_data_ptr<T>() + c.writes_before * key_count;
-    const int32_t entries = int32_t(2 * view_.tokens(c) * view_.reads());
-    kernels::OrderedLists lists;
-    check_cuda(kernels::build_ordered_lists(kernels::EntryKeys{list_indices(c), uint32_t(view_.topk),
-                                                               uint32_t(2 * view_.heads), uint32_t(view_.num_sub_keys)},
-                                            entries, int32_t(view_.key_rows()), lists_.mutable_data_ptr<int32_t>(),
-                                            nullptr, stream_, &lists),
-               "build_ordered_lists");
     double* const tables = tables_.mutable_data_ptr<double>();
     T* const scratch = scratch_.mutable_data_ptr<T>();
     const kernels::KeyWrite<T> write{
@@ -244,7 +246,7 @@ class ForwardScan {
   Tensor slots_, scores_, weights_, memory_terms_;  // (m, H, R) of the current chunk, as all that follows
   Tensor errors_, good_;                            // (m, V), (m)
   Tensor address_, alpha_;                          // (m, H, 2, R)
-  Tensor tables_, lists_, scratch_, counts_, gamma_, search_;
+  Tensor tables_, slot_lists_, key_lists_, scratch_, counts_, gamma_, search_;
 };
 
 ScanResult chunk_scan_cuda(const Tensor& values, const Tensor& sub_keys, const Tensor& query, const Tensor& target,

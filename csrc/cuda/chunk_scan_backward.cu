@@ -116,12 +116,19 @@ class BackwardScan {
         view_, c, s_.places(), saved_.list_indices.const_data_ptr<int32_t>() + 2 * before, places, read_from,
         list_indices_, slots_, need_dvalues_ ? result_.value_slots.mutable_data_ptr<int64_t>() + before : nullptr,
         error_word_, stream_));
-    const kernels::OrderedLists slot_lists = row_gradients(c, kappa, int32_t(reads), int32_t(before), read_from);
+    const auto by_slot =
+        kernels::grouping(static_cast<const int32_t*>(slots_), int32_t(reads), int32_t(s_.slots), slot_lists_, nullptr);
+    const auto by_key = kernels::grouping(kernels::entry_keys(view_, list_indices_), int32_t(2 * reads),
+                                          int32_t(view_.key_rows()), key_lists_, nullptr);
+    check_launch(kernels::build_ordered_lists(by_slot, by_key, stream_));
+    const kernels::OrderedLists slot_lists = by_slot.lists();
+    row_gradients(c, slot_lists, kappa, int32_t(before), read_from);
 
     // Of the sub-keys: whether the write passes their gradient on, for it moved them, and somebody later read them.
     const bool through = c.writes && o_.keys_move() && !no_dsub_keys_;
     const bool memory_moved_keys = c.writes && !o_.values_only && c.pairs > 0;
-    const kernels::BackwardKeys<T> keys = key_arguments(c, through, memory_moved_keys, places, list_scores);
+    const kernels::BackwardKeys<T> keys =
+        key_arguments(c, by_key.lists(), through, memory_moved_keys, places, list_scores);
     const bool keys_aligned = kernels::rows_are_packs<T>(view_.half_width, view_.query, keys.dquery, keys.sub_keys,
                                                          keys.dsub_keys, theta_, scratch_);
     if (through) check_launch(kernels::key_directions(keys, keys_aligned, stream_));
@@ -168,13 +175,10 @@ class BackwardScan {
   }
 
   // The gradients of the rows after the write, by the lists of the chunk's slots.
-  kernels::OrderedLists row_gradients(const Chunk& c, const Kappa& kappa, int32_t reads, int32_t before,
-                                      const int32_t* read_from) {
-    kernels::OrderedLists lists;
-    check_launch(kernels::build_ordered_lists(static_cast<const int32_t*>(slots_), reads, int32_t(s_.slots),
-                                              slot_lists_, nullptr, stream_, &lists));
+  void row_gradients(const Chunk& c, const kernels::OrderedLists& lists, const Kappa& kappa, int32_t before,
+                     const int32_t* read_from) {
     if (c.writes)
-      check_launch(kernels::list_step_sizes(lists, view_, c, kappa.constant, kappa.per_pair, counts_, counts_ + reads,
+      check_launch(kernels::list_step_sizes(lists, view_, c, kappa.constant, kappa.per_pair, counts_, counts_ + lists.n,
                                             gamma_, stream_));
     const kernels::RowsAfterWrite<T> rows{.table = table_,
                                           .first_read = before,
@@ -187,17 +191,11 @@ class BackwardScan {
                                           .list_of = list_of_};
     check_launch(kernels::gather_row_gradients(view_, c, lists, rows,
                                                kernels::rows_are_packs<T>(s_.width, table_.rows, dnew_rows_), stream_));
-    return lists;
   }
 
-  kernels::BackwardKeys<T> key_arguments(const Chunk& c, bool through, bool memory_moved_keys, const int32_t* places,
-                                         const T* list_scores) {
+  kernels::BackwardKeys<T> key_arguments(const Chunk& c, const kernels::OrderedLists& lists, bool through,
+                                         bool memory_moved_keys, const int32_t* places, const T* list_scores) {
     const int64_t open_bytes = view_.key_rows() * ((view_.half_width + 7) / 8);
-    kernels::OrderedLists lists;
-    check_launch(kernels::build_ordered_lists(
-        kernels::EntryKeys{list_indices_, uint32_t(view_.topk), uint32_t(2 * view_.heads),
-                           uint32_t(view_.num_sub_keys)},
-        int32_t(2 * view_.tokens(c) * view_.reads()), int32_t(view_.key_rows()), key_lists_, nullptr, stream_, &lists));
     return {.view = view_,
             .chunk = c,
             .lists = lists,

@@ -14,7 +14,7 @@ namespace fwpkm::kernels {
 
 constexpr double kLogFloor = 1e-8;
 
-// Row in (H, 2, P) of each entry, as keys of build_ordered_lists.
+// Row in (H, 2, P) of each entry, as keys of a grouping.
 struct EntryKeys {
   const int32_t* list_indices;         // (m, H, 2, R)
   uint32_t topk, lists, num_sub_keys;  // lists = 2*H, of one token
@@ -23,6 +23,11 @@ struct EntryKeys {
     return j < 0 ? -1 : int32_t(uint32_t(l) / topk % lists * num_sub_keys) + j;
   }
 };
+
+template <typename T>
+EntryKeys entry_keys(const ScanView<T>& view, const int32_t* list_indices) {
+  return {list_indices, uint32_t(view.topk), uint32_t(2 * view.heads), uint32_t(view.num_sub_keys)};
+}
 
 // ----------------------------------------------------------------------------------------------------------- kernels
 // One warp per list.

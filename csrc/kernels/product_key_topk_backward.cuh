@@ -128,11 +128,11 @@ cudaError_t product_key_topk_backward(const T* dscores, const T* query, const T*
   cudaError_t error = simt::launch(kernel, blocks_for<Size>(2 * tokens * heads, Size::kThreads / 32), Size::kThreads,
                                    stream, dscores, query, sub_keys, slots, tokens, heads, int32_t(num_sub_keys),
                                    int32_t(topk), half_width, eps, keys, betas, dquery, errors);
-  OrderedLists lists;
-  if (error == cudaSuccess)
-    error = build_ordered_lists<Sorting>(keys, int32_t(2 * tokens * heads * topk), int32_t(2 * heads * num_sub_keys),
-                                         workspace, errors, stream, &lists);
+  const auto by_key = grouping(static_cast<const int32_t*>(keys), int32_t(2 * tokens * heads * topk),
+                               int32_t(2 * heads * num_sub_keys), workspace, errors);
+  if (error == cudaSuccess) error = build_ordered_lists<Sorting>(by_key, stream);
   if (error != cudaSuccess) return error;
+  const OrderedLists lists = by_key.lists();
   const DotTerms<T> dot{query, betas, uint32_t(topk), half_width};
   const StoreRows<T> output{dsub_keys, half_width};
   return idw ? ordered_sums<Size>(lists, IdwTerms<T>{dot, sub_keys}, output, half_width, scratch, aligned, stream)

@@ -128,12 +128,12 @@ cudaError_t value_gather_dvalues(const T* dout, const Index* indices, const T* w
                                  int64_t num_slots, int64_t width, int32_t* workspace, T* scratch, T* dvalues,
                                  unsigned* errors, cudaStream_t stream) {
   if (tokens == 0 || reads == 0) return cudaSuccess;
-  OrderedLists lists;
-  const cudaError_t error = build_ordered_lists<Sorting>(indices, int32_t(tokens * reads), int32_t(num_slots),
-                                                         workspace, errors, stream, &lists);
+  const auto by_slot = grouping(indices, int32_t(tokens * reads), int32_t(num_slots), workspace, errors);
+  const cudaError_t error = build_ordered_lists<Sorting>(by_slot, stream);
   if (error != cudaSuccess) return error;
-  return ordered_sums<Size>(lists, ReadTerms<T>{dout, weights, uint32_t(reads), width}, StoreRows<T>{dvalues, width},
-                            width, scratch, rows_are_packs<T>(width, dout, dvalues, scratch), stream);
+  return ordered_sums<Size>(by_slot.lists(), ReadTerms<T>{dout, weights, uint32_t(reads), width},
+                            StoreRows<T>{dvalues, width}, width, scratch,
+                            rows_are_packs<T>(width, dout, dvalues, scratch), stream);
 }
 
 }  // namespace fwpkm::kernels

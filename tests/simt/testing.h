@@ -67,7 +67,7 @@ T tree(std::vector<T> terms) {
 
 // Many blocks and steps from little data; TSan wants few threads (about 1 ms each).
 struct Small : fwpkm::kernels::OrderedListsSize {
-  static constexpr int kThreads = 64, kMaxBlocks = 2, kSteps = 2;
+  static constexpr int kThreads = 64, kMaxBlocks = 2, kSteps = 2, kBlockSteps = 0;
 };
 
 // Runs one kernel once under the schedule of simt::options; "" when every bit is right.
