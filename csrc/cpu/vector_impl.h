@@ -22,7 +22,7 @@ namespace {
 #endif
 constexpr int kRegisters = 64 / FWPKM_REGISTER_BYTES;
 // Sums held in registers: of pairs of a token and a key, and of columns of a weighted sum of rows.
-constexpr int kTileTokens = kRegisters == 1 ? 4 : 2, kTileKeys = kRegisters == 1 ? 4 : 2;
+constexpr int kTileTokens = 4, kTileKeys = kRegisters == 1 ? 4 : 3;
 constexpr int kColumns = kRegisters == 1 ? 16 : 4;
 
 template <typename T>
@@ -113,7 +113,8 @@ FWPKM_INLINE void store_sums(const Vec<T> (&v)[N][M], T* out, int64_t stride) {
     for (int j = 0; j < M; ++j) out[i * stride + j] = sum(v[i][j]);
 }
 
-#if defined(__AVX512F__) && __has_builtin(__builtin_shufflevector)
+#if __has_builtin(__builtin_shufflevector)
+#if defined(__AVX512F__)
 // The same additions, on several vectors at a time.
 FWPKM_INLINE void store_sums(const Vec<float> (&v)[4][4], float* out, int64_t stride) {
   typedef Register<float>::type Floats;
@@ -140,6 +141,33 @@ FWPKM_INLINE void store_sums(const Vec<float> (&v)[4][4], float* out, int64_t st
   __builtin_memcpy(sums, &all, sizeof sums);
   for (int i = 0; i < 4; ++i) __builtin_memcpy(out + i * stride, sums + 4 * i, 4 * sizeof(float));
 }
+#else
+typedef float Quarter __attribute__((vector_size(16)));
+
+FWPKM_INLINE Quarter quarter_sums(const Vec<float>& v) {
+#if defined(__AVX__)
+  const auto half = v.v[0] + v.v[1];
+  return __builtin_shufflevector(half, half, 0, 1, 2, 3) + __builtin_shufflevector(half, half, 4, 5, 6, 7);
+#else
+  return (v.v[0] + v.v[2]) + (v.v[1] + v.v[3]);
+#endif
+}
+
+// The same additions, on four vectors at a time.
+template <int M>
+FWPKM_INLINE void store_sums(const Vec<float> (&v)[4][M], float* out, int64_t stride) {
+  for (int j = 0; j < M; ++j) {
+    Quarter pairs[2];  // two sums of each of two vectors
+    for (int i = 0; i < 4; i += 2) {
+      const Quarter a = quarter_sums(v[i][j]), b = quarter_sums(v[i + 1][j]);
+      pairs[i / 2] = __builtin_shufflevector(a, b, 0, 1, 4, 5) + __builtin_shufflevector(a, b, 2, 3, 6, 7);
+    }
+    const Quarter all = __builtin_shufflevector(pairs[0], pairs[1], 0, 2, 4, 6) +
+                        __builtin_shufflevector(pairs[0], pairs[1], 1, 3, 5, 7);
+    for (int i = 0; i < 4; ++i) out[i * stride + j] = all[i];
+  }
+}
+#endif
 #endif
 
 // Bit l: lane l is `threshold` or more.
@@ -180,57 +208,70 @@ bool all_finite(const T* x, int64_t n) {
 }
 
 // ---- scores ---------------------------------------------------------------------------------------------------------
-template <typename T, int N, int M, bool Distance>
+// One pass over the columns for each register of a vector, whose lanes do not meet before the end: so all sums of a
+// tile stay in registers. Whole: rows are whole vectors.
+template <typename T, int N, int M, bool Distance, bool Whole>
 FWPKM_INLINE void score_tile(const T* q, int64_t q_stride, const T* keys, int64_t width, T* out, int64_t out_stride) {
-  Vec<T> acc[N][M];
-  for (auto& row : acc)
-    for (auto& sum : row) sum = Vec<T>{};
-  auto add = [&](auto load_at) __attribute__((always_inline)) {
-    Vec<T> k[M];
-    for (int j = 0; j < M; ++j) k[j] = load_at(keys + j * width);
-    for (int i = 0; i < N; ++i) {
-      const Vec<T> x = load_at(q + i * q_stride);
-      for (int j = 0; j < M; ++j) {
-        const Vec<T> d = Distance ? x - k[j] : x;
-        if constexpr (Distance)
-          acc[i][j].subtract_product(d, d);
-        else
-          acc[i][j].add_product(d, k[j]);
+  typedef typename Register<T>::type Lanes;
+  Vec<T> sums[N][M];
+#pragma GCC unroll 4
+  for (int r = 0; r < kRegisters; ++r) {
+    Lanes acc[N][M];
+    for (auto& row : acc)
+      for (auto& sum : row) sum = Lanes{};
+    auto add = [&](auto load_at) __attribute__((always_inline)) {
+      Lanes k[M];
+      for (int j = 0; j < M; ++j) k[j] = load_at(keys + j * width);
+      for (int i = 0; i < N; ++i) {
+        const Lanes x = load_at(q + i * q_stride);
+        for (int j = 0; j < M; ++j) {
+          const Lanes d = Distance ? x - k[j] : x;
+          if constexpr (Distance)
+            acc[i][j] -= d * d;
+          else
+            acc[i][j] += d * k[j];
+        }
       }
-    }
-  };
-  int64_t c = 0;
-  for (; c + kLanes<T> <= width; c += kLanes<T>)
-    add([&](const T* p) __attribute__((always_inline)) { return load(p + c); });
-  if (c < width) add([&](const T* p) __attribute__((always_inline)) { return load_partial(p + c, width - c); });
-  store_sums(acc, out, out_stride);
+    };
+    int64_t c = 0;
+    for (; c + kLanes<T> <= width; c += kLanes<T>)
+      add([&](const T* p) __attribute__((always_inline)) {
+        return Lanes(*reinterpret_cast<const typename Register<T>::anywhere*>(p + c + r * (kLanes<T> / kRegisters)));
+      });
+    if constexpr (!Whole)
+      add([&](const T* p) __attribute__((always_inline)) { return load_partial(p + c, width - c).v[r]; });
+    for (int i = 0; i < N; ++i)
+      for (int j = 0; j < M; ++j) sums[i][j].v[r] = acc[i][j];
+  }
+  store_sums(sums, out, out_stride);
 }
 
-template <typename T, bool Distance>
+template <typename T, bool Distance, bool Whole>
 void scores_of(const T* q, int64_t q_stride, int64_t n, const T* keys, int64_t num_keys, int64_t width, T* out) {
   int64_t j = 0;
   for (; j + kTileKeys <= num_keys; j += kTileKeys) {
     const T* k = keys + j * width;
     int64_t i = 0;
     for (; i + kTileTokens <= n; i += kTileTokens)
-      score_tile<T, kTileTokens, kTileKeys, Distance>(q + i * q_stride, q_stride, k, width, out + i * num_keys + j,
-                                                      num_keys);
+      score_tile<T, kTileTokens, kTileKeys, Distance, Whole>(q + i * q_stride, q_stride, k, width,
+                                                             out + i * num_keys + j, num_keys);
     for (; i < n; ++i)
-      score_tile<T, 1, kTileKeys, Distance>(q + i * q_stride, q_stride, k, width, out + i * num_keys + j, num_keys);
+      score_tile<T, 1, kTileKeys, Distance, Whole>(q + i * q_stride, q_stride, k, width, out + i * num_keys + j,
+                                                   num_keys);
   }
   for (; j < num_keys; ++j)
     for (int64_t i = 0; i < n; ++i)
-      score_tile<T, 1, 1, Distance>(q + i * q_stride, q_stride, keys + j * width, width, out + i * num_keys + j,
-                                    num_keys);
+      score_tile<T, 1, 1, Distance, Whole>(q + i * q_stride, q_stride, keys + j * width, width, out + i * num_keys + j,
+                                           num_keys);
 }
 
 template <typename T>
 void scores(const T* q, int64_t q_stride, int64_t n, const T* keys, int64_t num_keys, int64_t width, bool distance,
             T* out) {
-  if (distance)
-    scores_of<T, true>(q, q_stride, n, keys, num_keys, width, out);
-  else
-    scores_of<T, false>(q, q_stride, n, keys, num_keys, width, out);
+  const auto run = width % kLanes<T> == 0 ? distance ? scores_of<T, true, true> : scores_of<T, false, true>
+                   : distance             ? scores_of<T, true, false>
+                                          : scores_of<T, false, false>;
+  run(q, q_stride, n, keys, num_keys, width, out);
 }
 
 // ---- selection ------------------------------------------------------------------------------------------------------
