@@ -29,6 +29,13 @@ __device__ __forceinline__ void store16(void* to, const T& from) {
 // Asks for a line of global memory that will be loaded soon.
 __device__ __forceinline__ void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
 
+// What other threads may be changing with atomics at this time.
+__device__ __forceinline__ unsigned load_relaxed(const unsigned* p) {
+  unsigned x;
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(p));
+  return x;
+}
+
 // Returns before the kernel ends. An error of the launch itself is returned, and not left for the next caller to find.
 // `shared`: bytes of SIMT_DYNAMIC_SHARED.
 template <typename... Parameters, typename... Arguments>

@@ -213,6 +213,7 @@ REPORTS = {
     1: "indices out of range: nothing was read or written there, and the results they touch are NaN",
     2: "scores, targets or rows that were NaN or infinite: their tokens got NaN and were left out of every write",
     4: "writes that would have overflowed: the old numbers were kept",
+    8: "several rows of one slot in commit_: the last one was written",
 }
 
 

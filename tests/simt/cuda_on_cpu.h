@@ -113,6 +113,8 @@ bool allow_shared(Kernel*, size_t bytes) {
   return bytes <= 227 << 10;
 }
 
+inline unsigned load_relaxed(const unsigned* p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
+
 // Copies happen when they are waited for, never before.
 inline void copy16_async(void* to, const void* from) { detail::copy_async(to, from); }
 inline void commit_copies() { detail::commit_copies(); }
@@ -190,6 +192,11 @@ template <typename T>
 T atomicAdd(T* p, std::common_type_t<T> v) {
   static_assert(std::is_integral_v<T>, "sums of floats in any order are not repeatable");
   return simt::detail::atomic(p, [&](T old) { return T(old + v); });
+}
+template <typename T>
+T atomicMax(T* p, std::common_type_t<T> v) {
+  static_assert(std::is_integral_v<T>);
+  return simt::detail::atomic(p, [&](T old) { return old > v ? old : T(v); });
 }
 template <typename T>
 T atomicOr(T* p, std::common_type_t<T> v) {

@@ -20,6 +20,7 @@ struct Shape {
   bool invalid = false;     // some places have slots that are out of range,
   bool not_finite = false;  // some have rows that are not finite
   bool large = false;       // some values grow to infinity
+  bool twice = false;       // some slots have several rows
 };
 
 template <typename T>
@@ -39,6 +40,7 @@ struct Data {
       std::swap(slots[e], slots[e + random.below(s.slots - e)]);
       new_slots[e] = e % 3 == 1 ? -1 : slots[e];
       if (s.invalid && e % 5 == 3) new_slots[e] = e % 2 ? int32_t(s.slots) : -2;
+      if (s.twice && e % 4 == 3) new_slots[e] = new_slots[e - 3 + e % 3];
       if (s.not_finite && e % 4 == 2) new_rows[e * s.width + e % s.width] = e % 8 == 2 ? T(NAN) : T(-INFINITY);
     }
     if (s.large)
@@ -52,12 +54,17 @@ Run make_commit(Shape s) {
   std::vector<T> expected(d->values.get(), d->values.get() + d->values.size());
   std::vector<bool> committed(s.slots);
   unsigned expected_errors = 0;
+  std::vector<int64_t> last(s.slots, -1);
+  for (int64_t e = 0; e < s.places; ++e)
+    if (const int32_t slot = d->new_slots[e]; slot >= 0 && slot < s.slots) last[slot] = e;
   for (int64_t e = 0; e < s.places; ++e) {
     const int32_t slot = d->new_slots[e];
     const T* const row = &d->new_rows[e * s.width];
     if (slot < -1 || slot >= s.slots) expected_errors |= kIndexOutOfRange;
     if (slot < 0 || slot >= s.slots) continue;
     committed[slot] = true;
+    if (last[slot] != e) expected_errors |= kWrittenTwice;
+    if (last[slot] != e) continue;
     const bool finite = std::all_of(row, row + s.width, [](T x) { return std::isfinite(x); });
     if (!finite) expected_errors |= kNotFinite;
     if (finite) std::copy_n(row, s.width, expected.begin() + slot * s.width);
@@ -72,11 +79,11 @@ Run make_commit(Shape s) {
   return [=]() -> std::string {
     Buffer<T> values(d->values.size(), s.offset);
     std::copy_n(d->values.get(), values.size(), values.get());
-    Buffer<uint8_t> committed(s.keep == 1 ? 0 : s.slots);
+    Buffer<int32_t> owner(s.slots);
     Buffer<unsigned> errors(1);
     errors[0] = 0;
     if (commit_rows<Size>(values.get(), s.slots, s.width, d->new_rows.get(), d->new_slots.get(), s.places, T(s.keep),
-                          s.writes, committed.get(), errors.get(), nullptr))
+                          s.writes, owner.get(), errors.get(), nullptr))
       return "launch";
     if (!values.same_bits(expected)) return "values";
     return expect(errors[0] == expected_errors, "error word");
@@ -119,6 +126,9 @@ const Register kCases({
      [] { return make_commit<Small, double>({.places = 19, .width = 9, .keep = 0.9, .not_finite = true}); }},
     {"commit_out_of_range", [] { return make_commit<Small, float>({.places = 19, .width = 5, .invalid = true}); }},
     {"commit_not_finite", [] { return make_commit<Small, float>({.places = 19, .width = 136, .not_finite = true}); }},
+    {"commit_twice", [] { return make_commit<Small, float>({.slots = 90, .places = 80, .width = 40, .twice = true}); }},
+    {"commit_decay_twice",
+     [] { return make_commit<Small, double>({.slots = 90, .places = 80, .width = 5, .keep = 0.9, .twice = true}); }},
     {"commit_no_places", [] { return make_commit<Small, float>({.places = 0}); }},
     {"commit_no_columns", [] { return make_commit<Small, float>({.width = 0}); }},
     {"small_commit", [] { return make_commit<Small, float>({.slots = 9, .places = 6, .width = 4}); }},
