@@ -42,7 +42,7 @@ class ForwardScan {
     scores_ = buffer(most * n, type);
     weights_ = buffer(most * n, type);
     good_ = buffer(most, ScalarType::Byte);
-    search_ = buffer(kernels::search_workspace(most, s.keys.heads), ScalarType::Byte);
+    search_ = buffer(kernels::search_workspace<T>(most, s.keys.heads, s.keys.sub_keys), ScalarType::Byte);
     if (in_place) {
       list_indices_ = buffer(2 * most * n, ScalarType::Int);
       list_scores_ = buffer(2 * most * n, type);
@@ -111,16 +111,23 @@ class ForwardScan {
   int32_t* newest() { return pointer<int32_t>(newest_); }
 
   void read(const Chunk& c) {
-    const int64_t m = view_.tokens(c);
-    check_cuda(
-        kernels::search_lists(view_.query, view_.rows(c), keys_, view_.heads, view_.num_sub_keys, view_.half_width,
-                              view_.topk, view_.idw, view_.eps, search_.mutable_data_ptr<uint8_t>(), list_indices(c),
-                              list_scores(c), error_word_, stream_),
-        "search_lists");
-    check_cuda(kernels::combine_lists(list_indices(c), list_scores(c), m, view_.heads, view_.num_sub_keys, view_.topk,
-                                      places(c), slots_.mutable_data_ptr<int32_t>(), scores_.mutable_data_ptr<T>(),
-                                      error_word_, stream_),
-               "combine_lists");
+    const kernels::ProductKeySearch<T> search{.query = view_.query,
+                                              .rows = view_.rows(c),
+                                              .sub_keys = keys_,
+                                              .heads = view_.heads,
+                                              .num_sub_keys = view_.num_sub_keys,
+                                              .half_width = view_.half_width,
+                                              .topk = view_.topk,
+                                              .idw = view_.idw,
+                                              .eps = view_.eps,
+                                              .workspace = search_.mutable_data_ptr(),
+                                              .list_indices = list_indices(c),
+                                              .list_scores = list_scores(c),
+                                              .places = places(c),
+                                              .slots = slots_.mutable_data_ptr<int32_t>(),
+                                              .scores = scores_.mutable_data_ptr<T>(),
+                                              .errors = error_word_};
+    check_cuda(kernels::search_product_keys(search, stream_), "search_product_keys");
     const kernels::ReadArguments<T> arguments{
         .view = view_,
         .chunk = c,

@@ -31,20 +31,26 @@ std::tuple<Tensor, Tensor> product_key_topk_cuda(const Tensor& query, const Tens
   const int64_t tokens = scores.numel() / (s.heads * topk);
   Tensor list_scores = make(k, {tokens, s.heads, 2, topk}, type);
   Tensor list_indices = make(k, {tokens, s.heads, 2, topk}, ScalarType::Int);
-  Tensor workspace = make(k, {kernels::search_workspace(tokens, s.heads)}, ScalarType::Byte);
   dispatch_memory(k, [&](auto t) {
     using T = decltype(t);
-    int32_t* const list_ids = list_indices.mutable_data_ptr<int32_t>();
-    T* const list = list_scores.mutable_data_ptr<T>();
-    check_cuda(
-        kernels::search_lists(q.const_data_ptr<T>(), kernels::TokenRows{tokens, tokens, tokens, 0},
-                              k.const_data_ptr<T>(), s.heads, s.sub_keys, s.half_width, topk, idw, T(eps),
-                              workspace.mutable_data_ptr<uint8_t>(), list_ids, list, error_word(), cuda.stream()),
-        "product_key_topk");
-    check_cuda(kernels::combine_lists<kernels::LaunchSize, T>(
-                   list_ids, list, tokens, s.heads, s.sub_keys, topk, nullptr, indices.mutable_data_ptr<int32_t>(),
-                   scores.mutable_data_ptr<T>(), error_word(), cuda.stream()),
-               "product_key_topk");
+    const Tensor workspace = make(k, {kernels::search_workspace<T>(tokens, s.heads, s.sub_keys)}, ScalarType::Byte);
+    const kernels::ProductKeySearch<T> search{.query = q.const_data_ptr<T>(),
+                                              .rows = {tokens, tokens, tokens, 0},
+                                              .sub_keys = k.const_data_ptr<T>(),
+                                              .heads = s.heads,
+                                              .num_sub_keys = s.sub_keys,
+                                              .half_width = s.half_width,
+                                              .topk = topk,
+                                              .idw = idw,
+                                              .eps = T(eps),
+                                              .workspace = workspace.mutable_data_ptr(),
+                                              .list_indices = list_indices.mutable_data_ptr<int32_t>(),
+                                              .list_scores = list_scores.mutable_data_ptr<T>(),
+                                              .places = nullptr,
+                                              .slots = indices.mutable_data_ptr<int32_t>(),
+                                              .scores = scores.mutable_data_ptr<T>(),
+                                              .errors = error_word()};
+    check_cuda(kernels::search_product_keys(search, cuda.stream()), "product_key_topk");
   });
   return {scores, indices};
 }

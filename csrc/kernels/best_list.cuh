@@ -1,7 +1,9 @@
-// The R best of many candidates, kept in the registers of one warp.
+// The R best of many candidates, found by one warp.
 //
 // A candidate is a score and an index. The one with the higher score is better; of equal scores, the one with the
 // smaller index. No two indices are equal, so the list does not depend on the order in which candidates come.
+//   BestList    kept in registers, whatever comes; every candidate that enters costs a chain of shuffles.
+//   find_best   few candidates are ranked, those that a bound leaves over.
 #pragma once
 #include <limits>
 
@@ -10,6 +12,11 @@
 namespace fwpkm::kernels {
 
 constexpr int kMaxTopk = 128;  // of BestList<..., 4>
+
+template <typename T, typename Index>
+__device__ __forceinline__ bool is_before(T score, Index index, T other_score, Index other_index) {
+  return score > other_score || (score == other_score && index < other_index);
+}
 
 // Place p of the list lies in lane p / kPerLane, register p % kPerLane: whatever kPerLane is, a place's neighbour is in
 // the same lane or one shuffle away. Places not taken yet hold what loses against every candidate that is not NaN. All
@@ -59,23 +66,20 @@ class BestList {
   }
 
  private:
-  static __device__ __forceinline__ bool before(T score, Index index, T other_score, Index other_index) {
-    return score > other_score || (score == other_score && index < other_index);
-  }
   __device__ __forceinline__ bool enters(T score, Index index) const {
-    return before(score, index, lowest_score_, lowest_index_);
+    return is_before(score, index, lowest_score_, lowest_index_);
   }
 
   // The same candidate in all lanes. It takes the place behind the last one that is better; those after it move on.
   __device__ __forceinline__ void insert(T score, Index index) {
     T from_score = __shfl_up_sync(kFullWarp, score_[kPerLane - 1], 1);
     Index from_index = __shfl_up_sync(kFullWarp, index_[kPerLane - 1], 1);
-    bool behind = lane_ == 0 || before(from_score, from_index, score, index);
+    bool behind = lane_ == 0 || is_before(from_score, from_index, score, index);
 #pragma unroll
     for (int j = 0; j < kPerLane; ++j) {
       const T old_score = score_[j];
       const Index old_index = index_[j];
-      const bool stays = before(old_score, old_index, score, index);
+      const bool stays = is_before(old_score, old_index, score, index);
       if (!stays) {
         score_[j] = behind ? score : from_score;
         index_[j] = behind ? index : from_index;
@@ -104,5 +108,69 @@ class BestList {
   T score_[kPerLane], lowest_score_;
   Index index_[kPerLane], lowest_index_;
 };
+
+// What find_best leaves over, in shared memory of the warp.
+template <typename T, typename Index>
+struct Candidates {
+  static constexpr int kMost = 64;
+  T score[kMost];
+  Index index[kMost];
+};
+
+// The R best of n candidates, candidate(j, score, index) for j in [0, n); put(place, score, index) gets them, each from
+// one lane. Each lane has the largest score of its share. The R-th largest of these is reached by R candidates, so that
+// only those that reach it are looked at; their ranks are counted. All lanes call it together.
+template <int kPerLane, typename Index, typename T, typename Candidate, typename Put>
+__device__ __forceinline__ void find_best(int n, int topk, const Candidate& candidate, Candidates<T, Index>& left,
+                                          const Put& put) {
+  using Left = Candidates<T, Index>;
+  const int lane = threadIdx.x % 32;
+  T score = 0;
+  Index index = 0;
+  if (topk <= 32) {
+    T largest = T(-INFINITY);
+#pragma unroll 8
+    for (int j = lane; j < n; j += 32) {
+      candidate(j, score, index);
+      if (score > largest) largest = score;
+    }
+    int larger = 0;
+#pragma unroll
+    for (int l = 0; l < 32; ++l) {
+      const T its = __shfl_sync(kFullWarp, largest, l);
+      larger += its > largest || (its == largest && l < lane);
+    }
+    const T least = __shfl_sync(kFullWarp, largest, __ffs(__ballot_sync(kFullWarp, larger == topk - 1)) - 1);
+    int count = 0;
+    for (int first = 0; first < n && count <= Left::kMost; first += 32) {
+      const bool exists = first + lane < n;
+      if (exists) candidate(first + lane, score, index);
+      const unsigned stay = __ballot_sync(kFullWarp, exists && score >= least);
+      const int place = count + __popc(stay & ((1u << lane) - 1));
+      if (stay >> lane & 1 && place < Left::kMost) {
+        left.score[place] = score;
+        left.index[place] = index;
+      }
+      count += __popc(stay);
+    }
+    __syncwarp();  // left
+    if (count <= Left::kMost) {
+      for (int i = lane; i < count; i += 32) {
+        int better = 0;
+        for (int j = 0; j < count; ++j) better += is_before(left.score[j], left.index[j], left.score[i], left.index[i]);
+        if (better < topk) put(better, left.score[i], left.index[i]);
+      }
+      __syncwarp();  // left has been read
+      return;
+    }
+  }
+  BestList<T, Index, kPerLane> best(topk);
+  for (int first = 0; first < n; first += 32) {
+    const bool exists = first + lane < n;
+    candidate(exists ? first + lane : 0, score, index);
+    best.offer(score, index, exists);
+  }
+  best.for_each(put);
+}
 
 }  // namespace fwpkm::kernels

@@ -1,41 +1,39 @@
 // Product-key search, on plain pointers: the R best sub-keys of each half, and the R best of their R*R sums.
 //
 //   similarity(t, h, p, j) = <q, k_j>, or -|q - k_j|^2 with `idw`; q and k_j are of token t, head h, half p
-//   search_lists   the R highest similarities of each half, falling; equal ones by rising sub-key j. Their scores are
-//                  the similarities themselves, or -log(eps + |q - k_j|^2)
-//   combine_lists  the R highest sums of a score of half 0 and a score of half 1, falling; equal ones by rising slot
-//                  j0 * P + j1
+//   lists    the R highest similarities of each half, falling; equal ones by rising sub-key j. Their scores are the
+//            similarities themselves, or -log(eps + |q - k_j|^2)
+//   slots    the R highest sums of a score of half 0 and a score of half 1, falling; equal ones by rising slot
+//            j0 * P + j1
 //
 // Order of summation: columns ascending, from zero, one fused multiply-add each; a row ends with zeros up to whole
-// packs of 16 bytes. It depends on nothing else, so a token's bits do not depend on the other tokens of a call. There
-// is no matrix of similarities in device memory.
+// packs of 16 bytes. It depends on nothing else, so a token's bits do not depend on the other tokens of a call, nor on
+// the way it is searched: `search` is the plain way; many tokens take the filter before it (product_key_filter.cuh),
+// few another one (product_key_few.cuh). But for the few, there is no matrix of similarities in device memory.
 //
 // A similarity or score that is NaN or infinite is reported in `errors` and makes the whole list of its (token, head,
 // half) bad: indices -1, scores NaN. A bad list, or a sum that is infinite, makes (token, head) bad: slots -1, scores
 // NaN, places 0.
 #pragma once
-#include "kernels/best_list.cuh"
-#include "kernels/errors.cuh"
-#include "kernels/product_key_filter.cuh"
+#include "kernels/product_key_few.cuh"
 
 namespace fwpkm::kernels {
 
 // ------------------------------------------------------------------------------------------------------------- sizes
 struct SearchSize : LaunchSize {
   using Filter = FilterSize;
-  static constexpr int kManyBlocks = 128;  // fewer leave a large GPU without work: then a block takes fewer tokens
+  static constexpr int64_t kFewSimilarities = 1 << 20;  // of a search that may keep them in device memory
 };
 
-// What one block holds at a time: so many tokens, so many sub-keys, 128 bytes of each row. With many tokens its warps
-// share the tokens among them, else the sub-keys; a lane owns the sub-keys at distances of 32.
-template <typename T, int kThreads, bool kMany>
+// What one block of `search` holds at a time: so many tokens, so many sub-keys, 64 bytes of each row. Its warps share
+// the tokens among them; a lane owns the sub-keys at distances of 32.
+template <typename T, int kThreads>
 struct SearchTile {
   static constexpr int kWarps = kThreads / 32;
-  static constexpr int kLaneTokens = kMany ? 32 / sizeof(T) : 8, kLaneKeys = kMany ? 4 : 1;
-  static constexpr int kTokens = kMany ? kWarps * kLaneTokens : kLaneTokens;
-  static constexpr int kKeys = 32 * kLaneKeys * (kMany ? 1 : kWarps);
+  static constexpr int kLaneTokens = 32 / sizeof(T), kLaneKeys = 4;
+  static constexpr int kTokens = kWarps * kLaneTokens, kKeys = 32 * kLaneKeys;
 
-  static constexpr int kPacks = kMany ? 4 : 8, kColumns = kPacks * Pack<T>::kSize;
+  static constexpr int kPacks = 4, kColumns = kPacks * Pack<T>::kSize;
   static constexpr int kStride = kColumns + Pack<T>::kSize;  // of sub-keys: eight lanes read from all 32 banks
   static constexpr int kRowsAtOnce = kThreads / kPacks;      // that the block loads, one pack per thread
   static constexpr int kKeyLoads = kKeys / kRowsAtOnce, kQueryLoads = (kTokens + kRowsAtOnce - 1) / kRowsAtOnce;
@@ -95,16 +93,16 @@ __device__ __forceinline__ bool left_over(const uint8_t* redo, int64_t first_tok
 
 // One block per tile of tokens, head and half. The next slice is on its way to registers while one is worked on. redo:
 // null, or what the filter has left over.
-template <typename Size, bool kMany, bool kIdw, int kPerLane, typename T>
+template <typename Size, bool kIdw, int kPerLane, typename T>
 __global__ void __launch_bounds__(Size::kThreads, 2)
     search(const T* __restrict__ query, TokenRows rows, const T* __restrict__ sub_keys, bool aligned, int64_t lists,
            int32_t num_sub_keys, int64_t width, int topk, T eps, const uint8_t* __restrict__ redo,
            int32_t* list_indices, T* list_scores, unsigned* errors) {
-  using Tile = SearchTile<T, Size::kThreads, kMany>;
+  using Tile = SearchTile<T, Size::kThreads>;
   using Stage = SearchStage<T, Tile>;
   SIMT_SHARED(stage, Stage);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int my_key = kMany ? lane : int(threadIdx.x), my_token = kMany ? warp * Tile::kLaneTokens : 0;
+  const int my_token = warp * Tile::kLaneTokens;
   const int load_row = threadIdx.x / Tile::kPacks, load_column = threadIdx.x % Tile::kPacks * Pack<T>::kSize;
   const int64_t blocks = (rows.count + Tile::kTokens - 1) / Tile::kTokens * lists;
   for (int64_t b = blockIdx.x; b < blocks; b += gridDim.x) {
@@ -158,8 +156,7 @@ __global__ void __launch_bounds__(Size::kThreads, 2)
         for (int column = 0; column < columns; column += Pack<T>::kSize) {
           Pack<T> k[Tile::kLaneKeys];
 #pragma unroll
-          for (int j = 0; j < Tile::kLaneKeys; ++j)
-            k[j] = load_pack<true>(stage.slice.keys[my_key + 32 * j], column, 0);
+          for (int j = 0; j < Tile::kLaneKeys; ++j) k[j] = load_pack<true>(stage.slice.keys[lane + 32 * j], column, 0);
 #pragma unroll
           for (int i = 0; i < Tile::kLaneTokens; ++i) {
             const Pack<T> q = load_pack<true>(stage.slice.query[my_token + i], column, 0);
@@ -177,7 +174,7 @@ __global__ void __launch_bounds__(Size::kThreads, 2)
 #pragma unroll
       for (int i = 0; i < Tile::kLaneTokens; ++i)
 #pragma unroll
-        for (int j = 0; j < Tile::kLaneKeys; ++j) stage.scores[my_token + i][my_key + 32 * j] = sums[i][j];
+        for (int j = 0; j < Tile::kLaneKeys; ++j) stage.scores[my_token + i][lane + 32 * j] = sums[i][j];
       __syncthreads();  // the similarities are complete
       const int32_t left = num_sub_keys - first_key;
 #pragma unroll 1
@@ -190,102 +187,108 @@ __global__ void __launch_bounds__(Size::kThreads, 2)
   }
 }
 
-// One warp per token and head. Pairs come 32 at a time, row by row of the R*R sums; both lists fall, so nothing is
-// missed where the rest of a row, or of all rows, is left out for being lower than the R-th sum so far.
+// One warp per token and head.
 template <typename Size, int kPerLane, typename T>
 __global__ void __launch_bounds__(Size::kThreads)
     combine(const int32_t* __restrict__ list_indices, const T* __restrict__ list_scores, int64_t token_heads,
-            int64_t num_sub_keys, int topk, int32_t* __restrict__ places, int32_t* __restrict__ slots,
+            int32_t num_sub_keys, int topk, int32_t* __restrict__ places, int32_t* __restrict__ slots,
             T* __restrict__ scores, unsigned* errors) {
-  const int lane = threadIdx.x % 32;
+  using Left = Candidates<T, int64_t>;
+  SIMT_SHARED(left, Left[Size::kThreads / 32]);
   const int64_t step = int64_t(gridDim.x) * (Size::kThreads / 32);
-  for (int64_t n = (int64_t(blockIdx.x) * Size::kThreads + threadIdx.x) / 32; n < token_heads; n += step) {
-    const int32_t *const index0 = list_indices + n * 2 * topk, *const index1 = index0 + topk;
-    const T *const score0 = list_scores + n * 2 * topk, *const score1 = score0 + topk;
-    BestList<T, int64_t, kPerLane> best(topk);  // index: the slot, then 32 bits of the place i * R + j
-    bool bad = index0[0] < 0 || index1[0] < 0;
-    for (int32_t pair = 0; pair < topk * topk && !bad;) {
-      const int32_t i = pair / topk, j = pair % topk;
-      if (score0[i] + score1[j] < best.lowest_score()) {
-        if (j == 0) break;
-        pair = (i + 1) * topk;
-        continue;
-      }
-      const int32_t mine = pair + lane < topk * topk ? pair + lane : pair;
-      const int32_t my_i = mine / topk, my_j = mine % topk;
-      const int64_t slot = index0[my_i] * num_sub_keys + index1[my_j];
-      best.offer(score0[my_i] + score1[my_j], slot << 32 | mine, pair + lane < topk * topk);
-      pair += 32;
-    }
-    best.for_each([&](int, T score, int64_t) { bad |= !isfinite(score); });
-    bad = __ballot_sync(kFullWarp, bad) != 0;
-    if (bad && lane == 0) report(errors, kNotFinite);
-    best.for_each([&](int place, T score, int64_t index) {
-      const int64_t at = n * topk + place;
-      slots[at] = bad ? -1 : int32_t(index >> 32);
-      scores[at] = bad ? T(NAN) : score;
-      if (places) places[at] = bad ? 0 : int32_t(index & 0xffffffff);
-    });
-  }
+  for (int64_t n = (int64_t(blockIdx.x) * Size::kThreads + threadIdx.x) / 32; n < token_heads; n += step)
+    combine_lists<kPerLane>(
+        list_indices + n * 2 * topk, list_scores + n * 2 * topk, num_sub_keys, topk, left[threadIdx.x / 32],
+        Combination<T>{places ? places + n * topk : nullptr, slots + n * topk, scores + n * topk}, errors);
 }
 
 // ------------------------------------------------------------------------------------------------------------ launch
-// f(kernel arguments as types): the list's registers per lane
-template <typename F>
-cudaError_t with_list_size(int64_t topk, const F& f) {
-  if (topk < 1 || topk > kMaxTopk) return cudaErrorInvalidValue;
-  return topk <= 32 ? f(std::integral_constant<int, 1>{}) : f(std::integral_constant<int, 4>{});
+// query: rows (H, 2, K/2); sub_keys (H, 2, P, K/2); all contiguous. N = rows.count tokens.
+// 1 <= R <= kMaxTopk, R <= P. A T is float or double.
+template <typename T>
+struct ProductKeySearch {
+  const T* query;
+  TokenRows rows;
+  const T* sub_keys;
+  int64_t heads, num_sub_keys, half_width, topk;
+  bool idw;
+  T eps;
+  void* workspace;          // search_workspace bytes
+  int32_t* list_indices;    // (N, H, 2, R)
+  T* list_scores;           // (N, H, 2, R)
+  int32_t *places, *slots;  // (N, H, R): i * R + j of the places in both lists, may be null; slots
+  T* scores;                // (N, H, R)
+  unsigned* errors;
+
+  int64_t lists() const { return 2 * heads; }
+  int64_t similarities() const { return rows.count * lists() * num_sub_keys; }
+};
+
+// Bytes of the workspace for searches of up to `tokens` tokens.
+template <typename T, typename Size = SearchSize>
+int64_t search_workspace(int64_t tokens, int64_t heads, int64_t num_sub_keys) {
+  const int64_t similarities = std::min(tokens * 2 * heads * num_sub_keys, Size::kFewSimilarities);
+  return std::max(filter_workspace(tokens, 2 * heads), similarities * int64_t(sizeof(T)));
 }
 
-// Bytes of the workspace that search_lists needs.
-inline int64_t search_workspace(int64_t tokens, int64_t heads) { return filter_workspace(tokens, 2 * heads); }
+// f(the list's registers per lane as a type, idw as a type)
+template <typename F>
+cudaError_t with_search_kind(int64_t topk, bool idw, const F& f) {
+  if (topk < 1 || topk > kMaxTopk) return cudaErrorInvalidValue;
+  const auto with = [&](auto per_lane) { return idw ? f(per_lane, std::true_type()) : f(per_lane, std::false_type()); };
+  return topk <= 32 ? with(std::integral_constant<int, 1>()) : with(std::integral_constant<int, 4>());
+}
 
-// query: rows (H, 2, K/2); sub_keys (H, 2, P, K/2); lists (N, H, 2, R) of the N = rows.count tokens; all contiguous.
-// 1 <= R <= kMaxTopk, R <= P. A T is float or double.
+template <typename Size, typename T>
+cudaError_t search_few(const ProductKeySearch<T>& x, bool aligned, cudaStream_t stream) {
+  using Tile = FewTile<T, Size::kThreads>;
+  const int64_t tiles = (x.rows.count + Tile::kTokens - 1) / Tile::kTokens * x.lists();
+  const int64_t blocks = tiles * ((x.num_sub_keys + Tile::kKeys - 1) / Tile::kKeys);
+  const int32_t num_sub_keys = int32_t(x.num_sub_keys);
+  T* const similarities = static_cast<T*>(x.workspace);
+  return with_search_kind(x.topk, x.idw, [&](auto per_lane, auto idw) {
+    const cudaError_t error =
+        simt::launch(find_similarities<Size, idw(), T>, blocks_for<Size>(blocks, 1), Size::kThreads, stream, x.query,
+                     x.rows, x.sub_keys, aligned, x.lists(), num_sub_keys, x.half_width, similarities);
+    if (error != cudaSuccess) return error;
+    return simt::launch(take_best_and_combine<idw(), per_lane(), T>, blocks_for<Size>(x.rows.count * x.heads, 1), 64,
+                        stream, similarities, x.rows.count * x.heads, num_sub_keys, int(x.topk), x.eps, x.list_indices,
+                        x.list_scores, x.places, x.slots, x.scores, x.errors);
+  });
+}
+
+// redo: of the filter, or null.
+template <typename Size, typename T>
+cudaError_t search_many(const ProductKeySearch<T>& x, bool aligned, const uint8_t* redo, cudaStream_t stream) {
+  constexpr int kTokens = SearchTile<T, Size::kThreads>::kTokens;
+  const int64_t blocks = (x.rows.count + kTokens - 1) / kTokens * x.lists(), token_heads = x.rows.count * x.heads;
+  const int32_t num_sub_keys = int32_t(x.num_sub_keys);
+  return with_search_kind(x.topk, x.idw, [&](auto per_lane, auto idw) {
+    const cudaError_t error =
+        simt::launch(search<Size, idw(), per_lane(), T>, blocks_for<Size>(blocks, 1), Size::kThreads, stream, x.query,
+                     x.rows, x.sub_keys, aligned, x.lists(), num_sub_keys, x.half_width, int(x.topk), x.eps, redo,
+                     x.list_indices, x.list_scores, x.errors);
+    if (error != cudaSuccess) return error;
+    return simt::launch(combine<Size, per_lane(), T>, blocks_for<Size>(token_heads, Size::kThreads / 32),
+                        Size::kThreads, stream, x.list_indices, x.list_scores, token_heads, num_sub_keys, int(x.topk),
+                        x.places, x.slots, x.scores, x.errors);
+  });
+}
+
 template <typename Size = SearchSize, typename T>
-cudaError_t search_lists(const T* query, TokenRows rows, const T* sub_keys, int64_t heads, int64_t num_sub_keys,
-                         int64_t half_width, int64_t topk, bool idw, T eps, uint8_t* workspace, int32_t* list_indices,
-                         T* list_scores, unsigned* errors, cudaStream_t stream) {
-  if (rows.count == 0) return cudaSuccess;
-  const bool aligned = rows_are_packs<T>(half_width, query, sub_keys);
-  const uint8_t* redo = nullptr;
+cudaError_t search_product_keys(const ProductKeySearch<T>& x, cudaStream_t stream) {
+  if (x.rows.count == 0) return cudaSuccess;
+  const bool aligned = rows_are_packs<T>(x.half_width, x.query, x.sub_keys);
   if constexpr (std::is_same_v<T, float>) {
     cudaError_t error = cudaSuccess;
+    uint8_t* const redo = static_cast<uint8_t*>(x.workspace);
     if (aligned &&
-        launch_filter<typename Size::Filter>(query, rows, sub_keys, 2 * heads, num_sub_keys, half_width, topk, idw, eps,
-                                             list_indices, list_scores, workspace, stream, &error))
-      redo = workspace;
-    if (error != cudaSuccess) return error;
+        launch_filter<typename Size::Filter>(x.query, x.rows, x.sub_keys, x.lists(), x.num_sub_keys, x.half_width,
+                                             x.topk, x.idw, x.eps, x.list_indices, x.list_scores, redo, stream, &error))
+      return error == cudaSuccess ? search_many<Size>(x, aligned, redo, stream) : error;
   }
-  const auto with = [&](auto many, auto is_idw, auto per_lane) {
-    constexpr int kTokens = SearchTile<T, Size::kThreads, many()>::kTokens;
-    const int64_t blocks = (rows.count + kTokens - 1) / kTokens * 2 * heads;
-    return simt::launch(search<Size, many(), is_idw(), per_lane(), T>, blocks_for<Size>(blocks, 1), Size::kThreads,
-                        stream, query, rows, sub_keys, aligned, 2 * heads, int32_t(num_sub_keys), half_width, int(topk),
-                        eps, redo, list_indices, list_scores, errors);
-  };
-  constexpr int kManyTokens = SearchTile<T, Size::kThreads, true>::kTokens;
-  const bool many = (rows.count + kManyTokens - 1) / kManyTokens * 2 * heads >= Size::kManyBlocks;
-  return with_list_size(topk, [&](auto per_lane) {
-    using Yes = std::true_type;
-    using No = std::false_type;
-    if (many) return idw ? with(Yes{}, Yes{}, per_lane) : with(Yes{}, No{}, per_lane);
-    return idw ? with(No{}, Yes{}, per_lane) : with(No{}, No{}, per_lane);
-  });
-}
-
-// Lists (N, H, 2, R) of search_lists; places (N, H, R): i * R + j of the places in both lists, may be null; slots and
-// scores (N, H, R).
-template <typename Size = LaunchSize, typename T>
-cudaError_t combine_lists(const int32_t* list_indices, const T* list_scores, int64_t tokens, int64_t heads,
-                          int64_t num_sub_keys, int64_t topk, int32_t* places, int32_t* slots, T* scores,
-                          unsigned* errors, cudaStream_t stream) {
-  if (tokens == 0) return cudaSuccess;
-  return with_list_size(topk, [&](auto per_lane) {
-    return simt::launch(combine<Size, per_lane(), T>, blocks_for<Size>(tokens * heads, Size::kThreads / 32),
-                        Size::kThreads, stream, list_indices, list_scores, tokens * heads, num_sub_keys, int(topk),
-                        places, slots, scores, errors);
-  });
+  return x.similarities() <= Size::kFewSimilarities ? search_few<Size>(x, aligned, stream)
+                                                    : search_many<Size>(x, aligned, nullptr, stream);
 }
 
 }  // namespace fwpkm::kernels

@@ -165,25 +165,36 @@ Run make_search(Shape s) {
   return [=]() -> std::string {
     Buffer<int32_t> indices(entries), places(s.places ? reads : 0), slots(reads);
     Buffer<T> list_scores(entries), scores(reads);
-    Buffer<uint8_t> workspace(search_workspace(s.tokens, s.heads));
-    Buffer<unsigned> errors(2);
+    Buffer<uint8_t> workspace(search_workspace<T, Size>(s.tokens, s.heads, s.sub_keys));
+    Buffer<unsigned> errors(1);
     errors.clear(0);
-    if (search_lists<Size>(d->query.get(), s.rows(), d->sub_keys.get(), s.heads, s.sub_keys, s.width, s.topk, s.idw,
-                           d->eps, workspace.get(), indices.get(), list_scores.get(), &errors[0], nullptr))
-      return "launch of search_lists";
-    if (s.filtered >= 0 && s.filtered != !std::count(&workspace[0], &workspace[workspace.size()], 1))
+    if (search_product_keys<Size>(ProductKeySearch<T>{.query = d->query.get(),
+                                                      .rows = s.rows(),
+                                                      .sub_keys = d->sub_keys.get(),
+                                                      .heads = s.heads,
+                                                      .num_sub_keys = s.sub_keys,
+                                                      .half_width = s.width,
+                                                      .topk = s.topk,
+                                                      .idw = s.idw,
+                                                      .eps = d->eps,
+                                                      .workspace = workspace.get(),
+                                                      .list_indices = indices.get(),
+                                                      .list_scores = list_scores.get(),
+                                                      .places = s.places ? places.get() : nullptr,
+                                                      .slots = slots.get(),
+                                                      .scores = scores.get(),
+                                                      .errors = &errors[0]},
+                                  nullptr))
+      return "launch";
+    if (s.filtered >= 0 &&
+        s.filtered != !std::count(workspace.get(), workspace.get() + filter_workspace(s.tokens, s.lists()), 1))
       return "which lists were left over by the filter";
     if (!indices.same_bits(expected.indices)) return "list indices";
     if (!same_or_nan(list_scores, expected.list_scores)) return "list scores";
-    if (combine_lists<Size>(indices.get(), list_scores.get(), s.tokens, s.heads, s.sub_keys, s.topk,
-                            s.places ? places.get() : nullptr, slots.get(), scores.get(), &errors[1], nullptr))
-      return "launch of combine_lists";
     if (!slots.same_bits(expected.slots)) return "slots";
     if (s.places && !places.same_bits(expected.places)) return "places";
     if (!same_or_nan(scores, expected.scores)) return "scores";
-    const bool sums_only = s.numbers == Numbers::kLargeSums;
-    if (errors[0] != (d->reported() && !sums_only ? unsigned(kNotFinite) : 0u)) return "error word of search_lists";
-    return expect(errors[1] == (d->reported() ? unsigned(kNotFinite) : 0u), "error word of combine_lists");
+    return expect(errors[0] == (d->reported() ? unsigned(kNotFinite) : 0u), "error word");
   };
 }
 
@@ -192,9 +203,12 @@ template <typename T>
 Run make_too_many() {
   return [] {
     Buffer<T> rows(kMaxTopk + 1);
-    Buffer<int32_t> indices(1);
-    const bool refused = search_lists(rows.get(), TokenRows{1, 1, 1, 0}, rows.get(), 1, kMaxTopk + 1, 1, kMaxTopk + 1,
-                                      false, T(1), nullptr, indices.get(), rows.get(), nullptr, nullptr) != cudaSuccess;
+    ProductKeySearch<T> x{};
+    x.query = x.sub_keys = rows.get();
+    x.rows = {1, 1, 1, 0};
+    x.heads = x.half_width = 1;
+    x.num_sub_keys = x.topk = kMaxTopk + 1;
+    const bool refused = search_product_keys(x, nullptr) != cudaSuccess;
     return expect(refused, "not refused");
   };
 }
@@ -272,17 +286,17 @@ template <typename Base>
 struct NoFilter : Base {
   static constexpr int kManyTokens = 64, kFewTokens = 16, kManyBlocks = 0, kLeastTokens = 1 << 30;
 };
-struct Many : SearchSize {  // a block takes many tokens, however few there are
+struct Many : SearchSize {  // never the way of few tokens, nor the filter
   using Filter = NoFilter<LaunchSize>;
-  static constexpr int kManyBlocks = 0;
+  static constexpr int64_t kFewSimilarities = 0;
 };
 struct SmallFew : Small {
   using Filter = NoFilter<Small>;
-  static constexpr int kManyBlocks = 1 << 30;
+  static constexpr int64_t kFewSimilarities = 1 << 30;
 };
 struct SmallMany : Small {
   using Filter = NoFilter<Small>;
-  static constexpr int kManyBlocks = 0;
+  static constexpr int64_t kFewSimilarities = 0;
 };
 template <int kBlocks>
 struct Filtering : SearchSize {  // blocks of many tokens or of few
@@ -411,6 +425,12 @@ const Register kCases({
      [] {
        return make_search<SmallFilterMany, float>({38, 2, 40, 12, 4, kIdw, Numbers::kReal, 0, 6, 11, 3, true, 1});
      }},
+    {"small_search_ties", [] { return make_search<SmallFew, float>({3, 1, 220, 1, 2, false, Numbers::kInteger}); }},
+    {"small_search_33_reads", [] { return make_search<SmallFew, float>({2, 1, 40, 4, 33}); }},
+    {"small_search_many_ties",
+     [] { return make_search<SmallMany, float>({9, 1, 40, 1, 10, false, Numbers::kInteger}); }},
+    {"small_search_large_sums",
+     [] { return make_search<SmallFew, float>({2, 1, 40, 4, 33, false, Numbers::kLargeSums}); }},
     {"small_filter_few",
      [] { return make_search<SmallFilterFew, float>({20, 1, 70, 36, 2, false, Numbers::kReal, 0, 0, 0, 0, true, 1}); }},
     {"small_filter_many",
