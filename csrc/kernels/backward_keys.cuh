@@ -35,14 +35,14 @@ struct BackwardKeys {
   T *theta, *directions;                   // (H, 2, P, K/2), t (m, H, 2, R): kept from key_directions to key_gradients
   T *alpha, *beta, *p;                     // (m, H, 2, R)
   double *mean, *slope, *curvature, *sum;  // (2, P); sum (H, 2, P)
-  T* scratch;                              // ordered_sums_scratch(entries, K/2)
+  T* scratch;                              // column_sums_scratch(entries, 2H, K/2)
 
   __device__ bool left_out(int64_t list) const { return list_indices[list * view.topk] < 0; }
   __device__ int64_t row_of(int64_t l) const { return view.key_row(l, list_indices[l]) * view.half_width; }
   __host__ __device__ int64_t num_lists() const { return view.tokens(chunk) * view.heads * 2; }
 };
 
-// The sums, for ordered_sums.
+// The sums, for column_sums.
 template <typename T>
 struct AddToKeys {
   T* dsub_keys;
@@ -241,10 +241,12 @@ cudaError_t key_gradients(const BackwardKeys<T>& x, bool aligned, cudaStream_t s
                          keys, 1.0, x.sum);
   if (error != cudaSuccess) return error;
   const AddToKeys<T> output{x.dsub_keys, x.theta, pulled ? x.sum : nullptr};
-  return view.idw ? ordered_sums<Size>(x.lists, QueryTerms<T, true>{view, x.chunk, x.beta, x.sub_keys}, output,
-                                       view.half_width, x.scratch, aligned, stream)
-                  : ordered_sums<Size>(x.lists, QueryTerms<T, false>{view, x.chunk, x.beta, x.sub_keys}, output,
-                                       view.half_width, x.scratch, aligned, stream);
+  const auto sums = [&](const auto& terms) {
+    return column_sums<Size>(x.lists, terms, output, 2 * view.heads, view.topk, view.half_width, x.scratch, aligned,
+                             stream);
+  };
+  return view.idw ? sums(QueryTerms<T, true>{view, x.chunk, x.beta, x.sub_keys})
+                  : sums(QueryTerms<T, false>{view, x.chunk, x.beta, x.sub_keys});
 }
 
 }  // namespace fwpkm::kernels
