@@ -261,7 +261,7 @@ template <typename Size = LaunchSize, typename T, typename Terms, typename Outpu
 cudaError_t column_sums(const OrderedLists& lists, const Terms& terms, const Output& output, int64_t groups,
                         int64_t topk, int64_t width, T* scratch, bool aligned, cudaStream_t stream) {
   using Tile = ColumnTile<Size, T>;
-  constexpr int64_t kLeastReads = 4, kMostBytes = 1 << 18;  // of a row by a block; no device has more shared memory
+  constexpr int64_t kLeastReads = 4;  // of a row by a block
   const auto kernel = sum_columns<Size, T, Terms, Output>;
   const int64_t slices = (width + Tile::kColumns - 1) / Tile::kColumns;
   if (aligned && topk >= kLeastReads && int64_t(lists.n) * width >= Size::kLeastSharedElements) {
@@ -270,7 +270,7 @@ cudaError_t column_sums(const OrderedLists& lists, const Terms& terms, const Out
                          int32_t(lists.num_keys / groups),
                          int32_t(wanted < topk / kLeastReads ? wanted : topk / kLeastReads)};
     const int64_t bytes = column_packs<Tile>(parts) * int64_t(sizeof(Pack<T>));
-    if (bytes <= kMostBytes && simt::allow_shared(kernel, size_t(bytes))) {
+    if (bytes <= Size::kMostSharedBytes && simt::allow_shared(kernel, size_t(bytes))) {
       auto* const sorted_terms = reinterpret_cast<SortedTerm<T>*>(scratch + ordered_sums_scratch(lists.n, width));
       auto* const starts = reinterpret_cast<uint32_t*>(sorted_terms + lists.n);
       const SortedTerms<T> sorted{sorted_terms, starts, reinterpret_cast<int32_t*>(starts + lists.n / 32 + 1)};

@@ -21,6 +21,7 @@ struct LaunchSize {
   // Rows that many entries read: so much is worth the way through shared memory, and as many blocks fill a large GPU.
   static constexpr int64_t kLeastSharedElements = FWPKM_LEAST_SHARED_ELEMENTS;
   static constexpr int kSharedBlocks = 128;
+  static constexpr int64_t kMostSharedBytes = 1 << 18;  // no device has more
 };
 
 // Blocks for `items` of work, `per_block` of them at a time.

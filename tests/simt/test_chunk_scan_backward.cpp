@@ -286,11 +286,43 @@ const Register kCases({
        return keys<Shared<Small>, float>(
            {.s = {.heads = 2, .topk = 5, .sub_keys = 6, .half_width = 12, .batch = 3, .tokens = 20}});
      }},
+    {"key_gradients_shared_narrow",
+     [] {
+       return keys<Shared<Small, 64, 600>, float>(
+           {.s = {.heads = 2, .topk = 4, .half_width = 24, .batch = 3, .tokens = 20, .idw = kYes}});
+     }},
+    {"key_gradients_shared_narrow_double",
+     [] {
+       return keys<Shared<Small, 1, 600>, double>(
+           {.s = {.topk = 9, .sub_keys = 9, .half_width = 10, .tokens = 20, .lr = 0.1}, .through = false});
+     }},
+    {"key_gradients_no_room",
+     [] {
+       return keys<Shared<Small, 1, 500>, float>({.s = {.topk = 4, .half_width = 24, .tokens = 20, .idw = kYes}});
+     }},
+    {"key_gradients_shared_not_through",
+     [] {
+       return keys<Shared<Small, 4>, float>(
+           {.s = {.heads = 2, .topk = 4, .half_width = 36, .batch = 3, .tokens = 20, .idw = kYes}, .through = false});
+     }},
+    {"key_gradients_shared_carried",
+     [] {
+       return keys<Shared<Small, 64>, float>({.s = {.heads = 2,
+                                                    .topk = 4,
+                                                    .half_width = 40,
+                                                    .batch = 3,
+                                                    .tokens = 21,
+                                                    .lookahead = 3,
+                                                    .boundary = kCarry,
+                                                    .masked = kYes}});
+     }},
     {"key_gradients_shared_odd",
      [] {
        return keys<Shared<Small>, float>(
            {.s = {.heads = 3, .topk = 4, .half_width = 8, .tokens = 20, .idw = kYes, .odd = 3, .astray = 2}});
      }},
+    {"small_shared_key_gradients",
+     [] { return keys<Shared<OneBlock, 8>, float>({.s = {.topk = 4, .half_width = 36, .tokens = 8, .idw = kYes}}); }},
     {"small_key_gradients", [] { return keys<OneBlock, float>({.s = {.batch = 1, .tokens = 3, .idw = kYes}}); }},
 });
 

@@ -71,8 +71,9 @@ struct Small : fwpkm::kernels::OrderedListsSize {
 };
 
 // Rows go through shared memory, however few they are.
-template <typename Base, int kBlocks = 1>
+template <typename Base, int kBlocks = 1, int64_t kBytes = 1 << 18>
 struct Shared : Base {
+  static constexpr int64_t kMostSharedBytes = kBytes;
   static constexpr int64_t kLeastSharedElements = 1;
   static constexpr int kSharedBlocks = kBlocks;
 };
