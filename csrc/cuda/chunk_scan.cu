@@ -52,9 +52,10 @@ class ForwardScan {
     errors_ = buffer(most * s.width, type);
     if (!o.values_only) memory_terms_ = buffer(most * n, type);
     slot_lists_ = buffer(kernels::ordered_lists_workspace(int32_t(most * n)), ScalarType::Int);
-    scratch_ = buffer(std::max(kernels::ordered_sums_scratch(int32_t(most * n), s.width),
-                               kernels::ordered_sums_scratch(int32_t(2 * most * n), s.keys.half_width)),
-                      type);
+    scratch_ =
+        buffer(std::max(kernels::ordered_sums_scratch(int32_t(most * n), s.width),
+                        kernels::column_sums_scratch<T>(int32_t(2 * most * n), 2 * s.keys.heads, s.keys.half_width)),
+               type);
     counts_ = buffer(most * n + 1, ScalarType::Int);  // and the number of pairs
     gamma_ = buffer(most * n, type);
     if (!in_place) newest_ = make_zeros(in.values, {s.slots}, ScalarType::Int);

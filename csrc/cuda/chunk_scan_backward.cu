@@ -63,7 +63,7 @@ class BackwardScan {
     errors_ = numbers(tokens * s.width);
     good_ = take<uint8_t>(tokens, ScalarType::Byte);
     scratch_ = numbers(std::max(kernels::ordered_sums_scratch(int32_t(n), s.width),
-                                kernels::ordered_sums_scratch(int32_t(2 * n), s.keys.half_width)));
+                                kernels::column_sums_scratch<T>(int32_t(2 * n), 2 * s.keys.heads, s.keys.half_width)));
     if (o.keys_move()) {
       theta_ = numbers(key_count());
       directions_ = numbers(2 * n);

@@ -73,9 +73,9 @@ std::tuple<Tensor, Tensor> product_key_topk_backward_cuda(const Tensor& dscores,
   Tensor dsub_keys = make_zeros(k, {s.heads, 2, s.sub_keys, half}, type);
   Tensor keys = make(k, {entries}, ScalarType::Int), betas = make(k, {entries}, type);
   Tensor workspace = make(k, {kernels::ordered_lists_workspace(entries)}, ScalarType::Int);
-  Tensor scratch = make(k, {kernels::ordered_sums_scratch(entries, half)}, type);
   dispatch_memory(k, [&](auto t) {
     using T = decltype(t);
+    Tensor scratch = make(k, {kernels::column_sums_scratch<T>(entries, 2 * s.heads, half)}, type);
     check_cuda(kernels::product_key_topk_backward(
                    d.const_data_ptr<T>(), q.const_data_ptr<T>(), k.const_data_ptr<T>(), ids.const_data_ptr<int32_t>(),
                    ids.numel() / (s.heads * topk), s.heads, s.sub_keys, topk, half, idw, T(eps),

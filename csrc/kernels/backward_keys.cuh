@@ -35,14 +35,14 @@ struct BackwardKeys {
   T *theta, *directions;                   // (H, 2, P, K/2), t (m, H, 2, R): kept from key_directions to key_gradients
   T *alpha, *beta, *p;                     // (m, H, 2, R)
   double *mean, *slope, *curvature, *sum;  // (2, P); sum (H, 2, P)
-  T* scratch;                              // ordered_sums_scratch(entries, K/2)
+  T* scratch;                              // column_sums_scratch(entries, 2H, K/2)
 
   __device__ bool left_out(int64_t list) const { return list_indices[list * view.topk] < 0; }
   __device__ int64_t row_of(int64_t l) const { return view.key_row(l, list_indices[l]) * view.half_width; }
   __host__ __device__ int64_t num_lists() const { return view.tokens(chunk) * view.heads * 2; }
 };
 
-// The sums, for ordered_sums.
+// The sums, for column_sums.
 template <typename T>
 struct AddToKeys {
   T* dsub_keys;
@@ -199,7 +199,95 @@ __global__ void __launch_bounds__(Size::kThreads) add_to_query(BackwardKeys<T> x
   }
 }
 
+// Slices of a row with kLanes packs each.
+template <typename T, int kLanes>
+__host__ __device__ int64_t slices_of(int64_t width) {
+  return (width + kLanes * Pack<T>::kSize - 1) / (kLanes * Pack<T>::kSize);
+}
+
+// The same, bit for bit, from shared memory: a block takes kLanes packs of all sub-keys of a half, and of their theta,
+// and one of `parts` parts of the tokens. kLanes lanes per list.
+template <typename Size, int kLanes, typename T>
+__global__ void __launch_bounds__(2 * Size::kThreads, 1) add_columns_to_query(BackwardKeys<T> x, int32_t parts) {
+  constexpr int kThreads = 2 * Size::kThreads, kLists = 32 / kLanes;  // of a warp at a time
+  const ScanView<T>& view = x.view;
+  const int64_t half = view.half_width, groups = 2 * view.heads, keys = view.num_sub_keys, topk = view.topk;
+  const int64_t tokens = view.tokens(x.chunk), slices = slices_of<T, kLanes>(half);
+  SIMT_DYNAMIC_ARRAY(rows, keys * kLanes * (x.through ? 2 : 1), Pack<T>);
+  Pack<T>* const thetas = rows + keys * kLanes;
+  const int lane = threadIdx.x % 32, my_pack = lane % kLanes, first_lane = lane - my_pack;
+  for (int64_t b = blockIdx.x; b < groups * slices * parts; b += gridDim.x) {
+    const int64_t group = b / slices / parts, part = b / slices % parts;
+    const int64_t column = (b % slices * kLanes + my_pack) * Pack<T>::kSize;
+    const bool inside = column < half;
+    for (int64_t i = threadIdx.x; i < keys * kLanes; i += kThreads) {
+      const int64_t from = (group * keys + i / kLanes) * half + column;
+      simt::copy16_async(&rows[i], inside ? x.sub_keys + from : nullptr);
+      if (x.through) simt::copy16_async(&thetas[i], inside ? x.theta + from : nullptr);
+    }
+    simt::commit_copies();
+    simt::wait_for_copies<0>();
+    __syncthreads();  // rows and thetas
+    const int64_t stop = tokens * (part + 1) / parts;
+    for (int64_t first = tokens * part / parts + threadIdx.x / 32 * kLists; first < stop; first += kThreads / kLanes) {
+      const int64_t token = first + lane / kLanes, list = token * groups + group;
+      const bool exists = token < stop, mine = exists && inside && !x.left_out(list);
+      const T* const q = view.query_of_list(x.chunk, uint32_t(exists ? list : group));
+      T* const dq = x.dquery + (q - view.query);
+      Pack<T> sum = filled_pack(T(0)), through = sum, query = sum, total = sum;
+      if (exists && inside) {  // not `mine`, for which loads would wait
+        query = load_pack<true>(q, column, half);
+        total = load_pack<true>(dq, column, half);
+      }
+      for (int64_t l = 0; l < topk; l += kLanes) {
+        const bool its = exists && l + my_pack < topk;
+        const int64_t at = list * topk + l + my_pack;
+        const int32_t index = its ? x.list_indices[at] : 0, known = index < 0 ? 0 : index;
+        const T beta = its ? x.beta[at] : T(0), alpha = its && x.through ? x.alpha[at] : T(0);
+#pragma unroll
+        for (int j = 0; j < kLanes; ++j) {
+          if (l + j >= topk) break;
+          const int32_t row = __shfl_sync(kFullWarp, known, first_lane + j) * kLanes + my_pack;
+          Pack<T> key = rows[row];
+          if (view.idw) subtract(key, query);
+          add_product(sum, __shfl_sync(kFullWarp, beta, first_lane + j), key);
+          if (x.through) add_product(through, __shfl_sync(kFullWarp, alpha, first_lane + j), thetas[row]);
+        }
+      }
+      add(total, sum);
+      if (x.through) add(total, through);
+      if (mine) store_pack<true>(dq, column, half, total);
+    }
+    __syncthreads();  // rows and thetas have been read
+  }
+}
+
 // ------------------------------------------------------------------------------------------------------------ launch
+// add_to_query, with sub-keys in shared memory where they fit there and enough tokens read them.
+template <typename Size, typename T>
+cudaError_t launch_add_to_query(const BackwardKeys<T>& x, bool aligned, cudaStream_t stream) {
+  const ScanView<T>& view = x.view;
+  const int64_t half = view.half_width, groups = 2 * view.heads, entries = x.num_lists() * view.topk;
+  const int64_t reads = entries / (groups * view.num_sub_keys);  // of a sub-key
+  cudaError_t error = cudaSuccess;
+  const auto from_shared = [&](auto lanes) {
+    constexpr int64_t kLeastReads = 4;  // of a sub-key by a block
+    const auto kernel = add_columns_to_query<Size, lanes(), T>;
+    const int64_t blocks = groups * slices_of<T, lanes()>(half), wanted = (Size::kSharedBlocks + blocks - 1) / blocks;
+    const int64_t parts = wanted < reads / kLeastReads ? wanted : reads / kLeastReads;
+    const int64_t bytes = view.num_sub_keys * lanes() * 16 * (x.through ? 2 : 1);
+    if (!aligned || parts == 0 || entries * half < Size::kLeastSharedElements || bytes > Size::kMostSharedBytes ||
+        !simt::allow_shared(kernel, size_t(bytes)))
+      return false;
+    error = simt::launch_with_shared(size_t(bytes), kernel, blocks_for<Size>(blocks * parts, 1), 2 * Size::kThreads,
+                                     stream, x, int32_t(parts));
+    return true;
+  };
+  if (from_shared(std::integral_constant<int, 8>()) || from_shared(std::integral_constant<int, 4>())) return error;
+  const auto kernel = aligned ? add_to_query<Size, true, T> : add_to_query<Size, false, T>;
+  return simt::launch(kernel, blocks_for<Size>(x.num_lists(), Size::kThreads / 32), Size::kThreads, stream, x);
+}
+
 // `aligned`: rows_are_packs of query, dquery, sub_keys, dsub_keys, theta and scratch.
 
 // theta and t, which the tokens need; only with `through`.
@@ -233,19 +321,19 @@ cudaError_t key_gradients(const BackwardKeys<T>& x, bool aligned, cudaStream_t s
                          table, view.addressing_weight / double(rows), x.sum);
   if (error == cudaSuccess)
     error = simt::launch(key_factors<Size, T>, warp_per_list, Size::kThreads, stream, x, addressed);
-  if (error == cudaSuccess)
-    error = simt::launch(aligned ? add_to_query<Size, true, T> : add_to_query<Size, false, T>, warp_per_list,
-                         Size::kThreads, stream, x);
+  if (error == cudaSuccess) error = launch_add_to_query<Size>(x, aligned, stream);
   const bool pulled = view.idw && x.through;
   if (pulled && error == cudaSuccess)
     error = simt::launch(sum_entries<Size, T>, blocks_for<Size>(keys, 1), Size::kThreads, stream, x.lists, x.alpha,
                          keys, 1.0, x.sum);
   if (error != cudaSuccess) return error;
   const AddToKeys<T> output{x.dsub_keys, x.theta, pulled ? x.sum : nullptr};
-  return view.idw ? ordered_sums<Size>(x.lists, QueryTerms<T, true>{view, x.chunk, x.beta, x.sub_keys}, output,
-                                       view.half_width, x.scratch, aligned, stream)
-                  : ordered_sums<Size>(x.lists, QueryTerms<T, false>{view, x.chunk, x.beta, x.sub_keys}, output,
-                                       view.half_width, x.scratch, aligned, stream);
+  const auto sums = [&](const auto& terms) {
+    return column_sums<Size>(x.lists, terms, output, 2 * view.heads, view.topk, view.half_width, x.scratch, aligned,
+                             stream);
+  };
+  return view.idw ? sums(QueryTerms<T, true>{view, x.chunk, x.beta, x.sub_keys})
+                  : sums(QueryTerms<T, false>{view, x.chunk, x.beta, x.sub_keys});
 }
 
 }  // namespace fwpkm::kernels

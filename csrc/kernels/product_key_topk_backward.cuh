@@ -10,12 +10,13 @@
 //   of
 //               columns, from zero, by fused multiply-add; then the lanes are added as a tree (warp_sum).
 //   dquery      r ascending, from zero, one fused multiply-add each.
-//   dsub_keys   the reads of a sub-key in ascending order of t and r, as ordered_sums.cuh says.
+//   dsub_keys   the reads of a sub-key in ascending order of t and r, as ordered_sums.cuh says (by
+//               column_sums.cuh).
 //
 // A slot outside [0, P*P) is reported in `errors` and nothing is read there; dquery of its token and head is NaN, and
 // dsub_keys leaves the read out.
 #pragma once
-#include "kernels/ordered_sums.cuh"
+#include "kernels/column_sums.cuh"
 
 namespace fwpkm::kernels {
 
@@ -101,6 +102,7 @@ struct DotTerms {
   uint32_t topk;
   int64_t width;
   __device__ const T* row(int32_t entry) const { return query + uint32_t(entry) / topk * width; }
+  __device__ const T* row_of_list(uint32_t list) const { return query + list * width; }
   __device__ T factor(int32_t entry) const { return betas[entry]; }
 };
 
@@ -114,7 +116,7 @@ struct IdwTerms : DotTerms<T> {
 // ------------------------------------------------------------------------------------------------------------ launch
 // dscores and slots (N, H, R), query and dquery (N, H, 2, K/2), sub_keys and dsub_keys (H, 2, P, K/2); all contiguous.
 // dsub_keys comes as zeros; only the rows of sub-keys that were read are written. With n = N * H * 2 * R below 2^31:
-// keys and betas have n elements, workspace ordered_lists_workspace(n), scratch ordered_sums_scratch(n, K/2).
+// keys and betas have n elements, workspace ordered_lists_workspace(n), scratch column_sums_scratch(n, 2H, K/2).
 template <typename Sorting = OrderedListsSize, typename Size = LaunchSize, typename T>
 cudaError_t product_key_topk_backward(const T* dscores, const T* query, const T* sub_keys, const int32_t* slots,
                                       int64_t tokens, int64_t heads, int64_t num_sub_keys, int64_t topk,
@@ -135,8 +137,10 @@ cudaError_t product_key_topk_backward(const T* dscores, const T* query, const T*
   const OrderedLists lists = by_key.lists();
   const DotTerms<T> dot{query, betas, uint32_t(topk), half_width};
   const StoreRows<T> output{dsub_keys, half_width};
-  return idw ? ordered_sums<Size>(lists, IdwTerms<T>{dot, sub_keys}, output, half_width, scratch, aligned, stream)
-             : ordered_sums<Size>(lists, dot, output, half_width, scratch, aligned, stream);
+  const auto sums = [&](const auto& terms) {
+    return column_sums<Size>(lists, terms, output, 2 * heads, topk, half_width, scratch, aligned, stream);
+  };
+  return idw ? sums(IdwTerms<T>{dot, sub_keys}) : sums(dot);
 }
 
 }  // namespace fwpkm::kernels

@@ -67,7 +67,10 @@ struct ScanView {
   }
   // Of an entry of the lists: its query half, and its row in tables of (H, 2, P).
   __device__ const T* query_of(const Chunk& c, int64_t l) const {
-    const uint32_t list = uint32_t(l) / uint32_t(topk), lists = uint32_t(2 * heads);
+    return query_of_list(c, uint32_t(l) / uint32_t(topk));
+  }
+  __device__ const T* query_of_list(const Chunk& c, uint32_t list) const {
+    const uint32_t lists = uint32_t(2 * heads);
     return query_half(token(c, list / lists), list % lists);
   }
   __device__ int64_t key_row(int64_t l, int32_t sub_key) const {

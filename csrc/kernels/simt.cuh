@@ -97,6 +97,10 @@ __device__ __forceinline__ void multiply_tf32(float (&sum)[4], const float (&a)[
 #define SIMT_DYNAMIC_SHARED(name, ...)                            \
   extern __shared__ __align__(16) unsigned char dynamic_shared[]; \
   auto& name = *reinterpret_cast<typename ::simt::Type<__VA_ARGS__>::type*>(dynamic_shared)
+// For an array of `count` elements that only the launch knows.
+#define SIMT_DYNAMIC_ARRAY(name, count, ...)                      \
+  extern __shared__ __align__(16) unsigned char dynamic_shared[]; \
+  auto* const name = reinterpret_cast<typename ::simt::Type<__VA_ARGS__>::type*>(dynamic_shared)
 #else
 #include "cuda_on_cpu.h"
 #endif

@@ -4,9 +4,10 @@
 //   sigma_l = d(loss) / d(score of list entry l)     alpha = slope sigma,  slope = d(score) / d(sub-key) over
 //   `difference` k_j <- keep k_j - lr clamp(sum over its entries of alpha (q - k_j))     idw;  alpha q for dot
 //
-// The entries of a sub-key are an ordered list, summed as ordered_sums.cuh says.
+// The entries of a sub-key are an ordered list, summed as ordered_sums.cuh says (by column_sums.cuh).
 #pragma once
 #include "kernels/addressing.cuh"
+#include "kernels/column_sums.cuh"
 
 namespace fwpkm::kernels {
 
@@ -18,6 +19,7 @@ struct QueryTerms {
   Chunk chunk;
   const T *factors, *sub_keys;  // (m, H, 2, R), (H, 2, P, K/2)
   __device__ const T* row(int32_t entry) const { return view.query_of(chunk, entry); }
+  __device__ const T* row_of_list(uint32_t list) const { return view.query_of_list(chunk, list); }
   __device__ T factor(int32_t entry) const { return factors[entry]; }
   __device__ const T* minus(int32_t key) const { return sub_keys + key * view.half_width; }
 };
@@ -110,7 +112,7 @@ struct KeyWrite {
   const T *list_scores, *memory_terms;   // (m, H, 2, R); (m, H, R) or null
   T *p, *alpha;                          // (m, H, 2, R): workspace
   double *mean, *slope;                  // (2, P): workspace
-  T* scratch;                            // ordered_sums_scratch(entries, K/2)
+  T* scratch;                            // column_sums_scratch(entries, 2H, K/2)
   unsigned* error_word;
 };
 
@@ -136,10 +138,11 @@ cudaError_t write_keys(const ScanView<T>& view, const Chunk& chunk, const Ordere
                          n, view.keep, view.decays(), w.to, w.open, open_bytes, w.error_word);
   if (error != cudaSuccess) return error;
   const NewKeys<T> output{view, w.sub_keys, w.to, w.open, w.error_word};
-  return view.idw ? ordered_sums<Size>(lists, QueryTerms<T, true>{view, chunk, w.alpha, w.sub_keys}, output, half,
-                                       w.scratch, aligned, stream)
-                  : ordered_sums<Size>(lists, QueryTerms<T, false>{view, chunk, w.alpha, w.sub_keys}, output, half,
-                                       w.scratch, aligned, stream);
+  const auto sums = [&](const auto& terms) {
+    return column_sums<Size>(lists, terms, output, 2 * view.heads, view.topk, half, w.scratch, aligned, stream);
+  };
+  return view.idw ? sums(QueryTerms<T, true>{view, chunk, w.alpha, w.sub_keys})
+                  : sums(QueryTerms<T, false>{view, chunk, w.alpha, w.sub_keys});
 }
 
 }  // namespace fwpkm::kernels

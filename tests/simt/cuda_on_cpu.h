@@ -115,8 +115,11 @@ bool allow_shared(Kernel*, size_t bytes) {
 
 inline unsigned load_relaxed(const unsigned* p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
 
-// Copies happen when they are waited for, never before.
-inline void copy16_async(void* to, const void* from) { detail::copy_async(to, from); }
+// Copies happen when they are waited for, never before; from their beginning on there is garbage (NaN, -1).
+inline void copy16_async(void* to, const void* from) {
+  std::memset(to, 0xFF, 16);
+  detail::copy_async(to, from);
+}
 inline void commit_copies() { detail::commit_copies(); }
 template <int kOpen>
 void wait_for_copies() {
@@ -147,6 +150,11 @@ inline void prefetch(const void*) {}
       ::simt::detail::shared(&name##_simt_key, sizeof(__VA_ARGS__), alignof(__VA_ARGS__)))
 
 #define SIMT_DYNAMIC_SHARED(name, ...) SIMT_SHARED(name, __VA_ARGS__)
+
+#define SIMT_DYNAMIC_ARRAY(name, count, ...) \
+  static char name##_simt_key;               \
+  auto* const name =                         \
+      static_cast<__VA_ARGS__*>(::simt::detail::shared(&name##_simt_key, sizeof(__VA_ARGS__) * (count), 16))
 
 // ---- barriers and fences
 inline void __syncthreads(SIMT_HERE) { simt::detail::block_barrier({file, line}); }

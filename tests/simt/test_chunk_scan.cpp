@@ -84,7 +84,7 @@ cudaError_t run_keys(Data<T>& d) {
   const EntryKeys keys{d.list_indices.get(), uint32_t(s.topk), uint32_t(2 * s.heads), uint32_t(s.sub_keys)};
   for (int32_t l = 0; l < entries; ++l)
     if (keys[l] != d.entry_key(l)) return cudaErrorUnknown;
-  Buffer<T> scratch(ordered_sums_scratch(entries, s.half_width));
+  Buffer<T> scratch(column_sums_scratch<T, Size>(entries, 2 * s.heads, s.half_width));
   const KeyWrite<T> write{.sub_keys = d.sub_keys.get(),
                           .to = d.new_keys.get(),
                           .open = s.clip < 0 ? nullptr : d.open_keys.get(),
@@ -239,6 +239,45 @@ const Register kCases({
     {"keys_overflow", [] { return keys<Small, float>({.half_width = 9, .lr = 3e38, .addressing_weight = 100}); }},
     {"keys_decay_overflow",
      [] { return keys<Small, float>({.topk = 2, .sub_keys = 20, .keep = 1.5, .clip = 1e-3, .large = kYes}); }},
+    {"keys_columns", [] { return keys<Shared<Normal>, float>({.topk = 8, .sub_keys = 9, .half_width = 136}); }},
+    {"keys_columns_double",
+     [] { return keys<Shared<Small>, double>({.heads = 3, .topk = 8, .sub_keys = 9, .idw = kYes, .clip = 1e-3}); }},
+    {"keys_columns_clip",
+     [] {
+       return keys<Shared<Small>, float>(
+           {.heads = 2, .topk = 4, .sub_keys = 20, .half_width = 20, .idw = kYes, .keep = 0.9, .clip = 1e-3});
+     }},
+    {"keys_columns_parts",
+     [] {
+       return keys<Shared<Small, 64>, float>(
+           {.topk = 40, .sub_keys = 41, .half_width = 12, .tokens = 20, .idw = kYes, .clip = 1e-3});
+     }},
+    {"keys_columns_carry",
+     [] {
+       return keys<Shared<Small>, float>({.heads = 2,
+                                          .topk = 4,
+                                          .half_width = 8,
+                                          .batch = 3,
+                                          .tokens = 9,
+                                          .lookahead = 2,
+                                          .boundary = kCarry,
+                                          .idw = kYes,
+                                          .masked = kYes});
+     }},
+    {"keys_columns_odd",
+     [] {
+       return keys<Shared<Small, 16>, float>({.heads = 3,
+                                              .topk = 8,
+                                              .sub_keys = 9,
+                                              .half_width = 8,
+                                              .tokens = 20,
+                                              .idw = kYes,
+                                              .clip = 1e-3,
+                                              .odd = 2,
+                                              .astray = 3});
+     }},
+    {"keys_columns_overflow",
+     [] { return keys<Shared<Small>, float>({.topk = 4, .half_width = 12, .lr = 3e38, .addressing_weight = 100}); }},
     {"keys_hot",
      [] {
        return keys<Small, float>({.topk = 1,

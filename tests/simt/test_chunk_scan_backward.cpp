@@ -98,7 +98,7 @@ template <typename Size, typename T, bool kDirections>
 cudaError_t run_keys(Backward<T>& x) {
   const Shape& s = x.s;
   const int32_t entries = int32_t(2 * x.m * x.n);
-  Buffer<T> scratch(ordered_sums_scratch(entries, s.half_width));
+  Buffer<T> scratch(column_sums_scratch<T, Size>(entries, 2 * s.heads, s.half_width));
   const Lists lists(key_lists(x), entries);
   const BackwardKeys<T> keys{.view = x.view(),
                              .chunk = x.chunk(),
@@ -274,6 +274,55 @@ const Register kCases({
     {"key_gradients_odd", [] { return keys<Small, float>({.s = kOdd}); }},
     {"key_gradients_no_tokens", [] { return keys<Small, float>({.s = {.batch = 0}}); }},
     {"key_gradients_hot", [] { return keys<Small, float>({.s = kHot}); }},
+    {"key_gradients_shared",
+     [] { return keys<Shared<Normal, 64>, float>({.s = {.topk = 8, .sub_keys = 9, .half_width = 136, .idw = kYes}}); }},
+    {"key_gradients_shared_double",
+     [] {
+       return keys<Shared<Small, 64>, double>(
+           {.s = {.heads = 3, .topk = 8, .sub_keys = 9, .tokens = 12, .idw = kYes, .clip = 1}});
+     }},
+    {"key_gradients_shared_dot",
+     [] {
+       return keys<Shared<Small>, float>(
+           {.s = {.heads = 2, .topk = 5, .sub_keys = 6, .half_width = 12, .batch = 3, .tokens = 20}});
+     }},
+    {"key_gradients_shared_narrow",
+     [] {
+       return keys<Shared<Small, 64, 600>, float>(
+           {.s = {.heads = 2, .topk = 4, .half_width = 24, .batch = 3, .tokens = 20, .idw = kYes}});
+     }},
+    {"key_gradients_shared_narrow_double",
+     [] {
+       return keys<Shared<Small, 1, 600>, double>(
+           {.s = {.topk = 9, .sub_keys = 9, .half_width = 10, .tokens = 20, .lr = 0.1}, .through = false});
+     }},
+    {"key_gradients_no_room",
+     [] {
+       return keys<Shared<Small, 1, 500>, float>({.s = {.topk = 4, .half_width = 24, .tokens = 20, .idw = kYes}});
+     }},
+    {"key_gradients_shared_not_through",
+     [] {
+       return keys<Shared<Small, 4>, float>(
+           {.s = {.heads = 2, .topk = 4, .half_width = 36, .batch = 3, .tokens = 20, .idw = kYes}, .through = false});
+     }},
+    {"key_gradients_shared_carried",
+     [] {
+       return keys<Shared<Small, 64>, float>({.s = {.heads = 2,
+                                                    .topk = 4,
+                                                    .half_width = 40,
+                                                    .batch = 3,
+                                                    .tokens = 21,
+                                                    .lookahead = 3,
+                                                    .boundary = kCarry,
+                                                    .masked = kYes}});
+     }},
+    {"key_gradients_shared_odd",
+     [] {
+       return keys<Shared<Small>, float>(
+           {.s = {.heads = 3, .topk = 4, .half_width = 8, .tokens = 20, .idw = kYes, .odd = 3, .astray = 2}});
+     }},
+    {"small_shared_key_gradients",
+     [] { return keys<Shared<OneBlock, 8>, float>({.s = {.topk = 4, .half_width = 36, .tokens = 8, .idw = kYes}}); }},
     {"small_key_gradients", [] { return keys<OneBlock, float>({.s = {.batch = 1, .tokens = 3, .idw = kYes}}); }},
 });
 

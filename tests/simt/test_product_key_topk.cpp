@@ -265,8 +265,8 @@ Run make_backward(Shape s) {
   return [=]() -> std::string {
     const int32_t entries = int32_t(2 * reads);
     Buffer<int32_t> keys(entries), workspace(ordered_lists_workspace<Sorting>(entries));
-    Buffer<T> betas(entries), scratch(ordered_sums_scratch(entries, s.width)), found(dquery.size(), s.offset),
-        found_keys(dsub_keys.size(), s.offset);
+    Buffer<T> betas(entries), scratch(column_sums_scratch<T, Size>(entries, s.lists(), s.width)),
+        found(dquery.size(), s.offset), found_keys(dsub_keys.size(), s.offset);
     Buffer<unsigned> errors(1);
     errors.clear(0);
     found_keys.clear(0);
@@ -458,6 +458,25 @@ const Register kCases({
      }},
     {"topk_backward_invalid_idw",
      [] { return make_backward<Small, Small, float>({9, 2, 7, 6, 3, kIdw, Numbers::kReal, 0, 0, 0, 0, true, -1, 7}); }},
+    {"topk_columns_float", [] { return make_backward<Sort, Shared<Normal>, float>({60, 2, 3, 136, 5}); }},
+    {"topk_columns_double", [] { return make_backward<Sort, Shared<Normal>, double>({60, 1, 3, 18, 4, kIdw}); }},
+    {"topk_columns_parts", [] { return make_backward<Small, Shared<Small, 64>, float>({50, 2, 7, 20, 16, kIdw}); }},
+    {"topk_columns_uneven_parts",
+     [] { return make_backward<Small, Shared<Small, 64>, double>({50, 1, 5, 10, 12, kIdw}); }},
+    {"topk_columns_one_sub_key", [] { return make_backward<Small, Shared<Small, 64>, float>({9, 2, 1, 8, 16}); }},
+    {"topk_columns_few_reads", [] { return make_backward<Small, Shared<Small>, float>({20, 2, 7, 12, 3, kIdw}); }},
+    {"topk_columns_shifted",
+     [] { return make_backward<Small, Shared<Small>, float>({9, 2, 7, 8, 4, false, Numbers::kReal, 1}); }},
+    {"topk_columns_hot", [] { return make_backward<Small, Shared<Small>, float>({300, 1, 2, 12, 8, kIdw}); }},
+    {"topk_columns_hotter", [] { return make_backward<Small, Shared<Small, 8>, double>({280, 1, 1, 2, 124}); }},
+    {"topk_columns_too_many_keys", [] { return make_backward<Small, Shared<Small>, float>({9, 1, 31000, 4, 4}); }},
+    {"topk_columns_no_tokens", [] { return make_backward<Small, Shared<Small>, float>({0, 2, 7, 8, 4}); }},
+    {"topk_columns_invalid",
+     [] {
+       return make_backward<Small, Shared<Small, 16>, float>(
+           {50, 2, 7, 16, 8, kIdw, Numbers::kReal, 0, 0, 0, 0, true, -1, 7});
+     }},
+    {"small_topk_columns", [] { return make_backward<Small, Shared<Small>, float>({70, 1, 1, 20, 8, kIdw}); }},
     {"small_topk_backward", [] { return make_backward<Small, Small, float>({5, 1, 3, 8, 3, kIdw}); }},
 });
 

@@ -70,6 +70,14 @@ struct Small : fwpkm::kernels::OrderedListsSize {
   static constexpr int kThreads = 64, kMaxBlocks = 2, kSteps = 2, kBlockSteps = 0;
 };
 
+// Rows go through shared memory, however few they are.
+template <typename Base, int kBlocks = 1, int64_t kBytes = 1 << 18>
+struct Shared : Base {
+  static constexpr int64_t kMostSharedBytes = kBytes;
+  static constexpr int64_t kLeastSharedElements = 1;
+  static constexpr int kSharedBlocks = kBlocks;
+};
+
 // Runs one kernel once under the schedule of simt::options; "" when every bit is right.
 using Run = std::function<std::string()>;
 
