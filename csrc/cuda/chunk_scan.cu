@@ -74,8 +74,10 @@ class ForwardScan {
       if (!chunks[i].writes) continue;
       const auto [by_slot, by_key] = build_lists(chunks[i]);
       write_rows(chunks[i], by_slot, kappa_of(s_.steps[i], s_, o_, masked_));
-      write_keys(chunks[i], by_key);
+      if (o_.keys_move()) write_keys(chunks[i], by_key);
     }
+    if (!o_.keys_move())
+      check_cuda(kernels::fill(r_.addressing_loss.mutable_data_ptr<T>(), s_.writes, T(0), stream_), "addressing_loss");
     if (in_place_) {
       if (keys_ != sub_keys_) torch::stable::copy_(sub_keys, torch::stable::view(other_keys_, sub_keys.sizes()));
       return;
@@ -202,11 +204,6 @@ class ForwardScan {
   }
 
   void write_keys(const Chunk& c, const kernels::OrderedLists& lists) {
-    T* const loss = r_.addressing_loss.mutable_data_ptr<T>() + c.writes_before;
-    if (!o_.keys_move()) {
-      check_cuda(kernels::fill(loss, 1, T(0), stream_), "write_keys");
-      return;
-    }
     const int64_t key_count = view_.key_rows() * view_.half_width;
     T* const next = in_place_ ? keys_ == sub_keys_ ? other_keys_.mutable_data_ptr<T>() : sub_keys_
                     : c.writes_before + 1 == s_.writes
@@ -220,7 +217,7 @@ class ForwardScan {
         .open = in_place_ || !o_.clips() ? nullptr
                                          : r_.open_keys.mutable_data_ptr<uint8_t>() +
                                                c.writes_before * view_.key_rows() * ((view_.half_width + 7) / 8),
-        .loss = loss,
+        .loss = r_.addressing_loss.mutable_data_ptr<T>() + c.writes_before,
         .list_indices = list_indices(c),
         .places = places(c),
         .list_scores = list_scores(c),

@@ -5,8 +5,8 @@
 // Order: a list is cut into pieces of 32 consecutive entries. The sum of a piece starts from zero and takes its entries
 // in order, one fused multiply-add each; entries whose row is null are passed over. Sums of pieces are then added in
 // groups of 32 consecutive ones, in order, from the first; so are the sums of groups, until one is left. The order
-// depends on the length of the list alone, and a list of 32 entries or fewer is a plain loop. A hot list is as parallel
-// as many short ones.
+// depends on the length of the list alone, and a list of 32 entries or fewer is a plain loop. The pieces of a hot list
+// are as parallel as many short lists.
 //
 // What is summed, and what becomes of a sum, is said by two structs that the kernels get by value:
 //
@@ -120,43 +120,60 @@ __global__ void __launch_bounds__(Size::kThreads)
   }
 }
 
-// One level of the tree: `stride` pieces lie between the sums that are added. One warp per 32 places and part of the
-// row. A group's sum replaces its first term, which no other group reads.
+// The tree over the sums of pieces. kLevel: of a sum of up to 32^kLevel of them, those from `first` on.
+template <int kLevel, typename T, typename Load>
+__device__ __forceinline__ Pack<T> tree_sum(int64_t first, int64_t pieces, const Load& load) {
+  if constexpr (kLevel == 0) {
+    return load(first);
+  } else {
+    constexpr int kInFlight = kLevel == 1 ? 8 : 1;
+    constexpr int64_t kStride = int64_t(1) << (5 * (kLevel - 1));
+    Pack<T> sum = filled_pack(T(0));
+    for (int64_t from = 0; from < kPiece && first + from * kStride < pieces; from += kInFlight) {
+      Pack<T> terms[kInFlight];
+#pragma unroll
+      for (int j = 0; j < kInFlight; ++j)
+        if (const int64_t at = first + (from + j) * kStride; at < pieces)
+          terms[j] = tree_sum<kLevel - 1, T>(at, pieces, load);
+#pragma unroll
+      for (int j = 0; j < kInFlight; ++j) {
+        if (first + (from + j) * kStride >= pieces) continue;
+        if (from + j)
+          add(sum, terms[j]);
+        else
+          sum = terms[j];
+      }
+    }
+    return sum;
+  }
+}
+
+// One warp per list of more than one piece and part of the row; a warp looks for the lists that begin at 32 places.
 template <typename Size, bool kAligned, typename T, typename Output>
 __global__ void __launch_bounds__(Size::kThreads)
-    add_groups(OrderedLists lists, Output output, int64_t width, int32_t stride, T* __restrict__ scratch) {
+    add_pieces(OrderedLists lists, Output output, int64_t width, const T* __restrict__ scratch) {
+  constexpr int kLevels = 6;  // 32^6 pieces are more than any list has
   const int lane = threadIdx.x;
-  const int64_t terms = int64_t(kPiece) * stride, group = kPiece * terms;  // entries of a term's list part; of a group
   const int64_t step = int64_t(gridDim.x) * blockDim.z * 32;
   for (int64_t window = (int64_t(blockIdx.x) * blockDim.z + threadIdx.z) * 32; window < lists.n; window += step) {
     const int64_t p = window + lane;
-    bool starts = false;  // a group of more than one term
-    if (p < lists.n && lists.key[p] != lists.num_keys) {
-      const int64_t before = p - lists.begin[p];
-      starts = before % group == 0 && p + terms < lists.n && lists.key[p + terms] == lists.key[p];
-    }
-    for (unsigned groups = __ballot_sync(kFullWarp, starts); groups; groups &= groups - 1) {
-      const int32_t at = int32_t(window) + __ffs(groups) - 1, begin = lists.begin[at], key = lists.key[at];
+    const bool starts = p + kPiece < lists.n && lists.key[p] != lists.num_keys && lists.begin[p] == p &&
+                        lists.key[p + kPiece] == lists.key[p];
+    for (unsigned found = __ballot_sync(kFullWarp, starts); found; found &= found - 1) {
+      const int32_t begin = int32_t(window) + __ffs(int(found)) - 1, key = lists.key[begin];
       const List list{key, begin, lists.entry[begin]};
       if (!output.wanted(list)) continue;
-      const int32_t pieces = (end_of_list(lists, key, at) - begin + kPiece - 1) / kPiece;
-      const int32_t first = (at - begin) / kPiece;
-      const bool last_level = pieces <= terms;
-      T* const sums = scratch + scratch_row(begin, 0) * width;
+      const int64_t pieces = (end_of_list(lists, key, begin) - begin + kPiece - 1) / kPiece;
+      const T* const sums = scratch + scratch_row(begin, 0) * width;
       constexpr int kColumns = 32 * Pack<T>::kSize;
       for (int64_t part = int64_t(threadIdx.y) * kColumns; part < width; part += int64_t(blockDim.y) * kColumns) {
         const int64_t column = part + lane * Pack<T>::kSize;
         const bool inside = column < width;
         Pack<T> sum = filled_pack(T(0));
-        if (inside) {
-          sum = load_pack<kAligned>(sums + first * width, column, width);
-          for (int64_t j = 1; j < kPiece && first + j * stride < pieces; ++j)
-            add(sum, load_pack<kAligned>(sums + (first + j * stride) * width, column, width));
-        }
-        if (last_level)
-          output.template put<kAligned>(list, column, width, inside, sum);
-        else if (inside)
-          store_pack<kAligned>(sums + first * width, column, width, sum);
+        if (inside)
+          sum = tree_sum<kLevels, T>(
+              0, pieces, [&](int64_t piece) { return load_pack<kAligned>(sums + piece * width, column, width); });
+        output.template put<kAligned>(list, column, width, inside, sum);
       }
     }
   }
@@ -171,9 +188,9 @@ cudaError_t launch_ordered_sums(const OrderedLists& lists, const Terms& terms, c
   const dim3 block = row_block<T, Size>(width);
   cudaError_t error = simt::launch(sum_pieces<Size, kAligned, T, Terms, Output>, blocks_for<Size>(lists.n, block.z),
                                    block, stream, lists, terms, output, width, scratch);
-  for (int64_t stride = 1; kPiece * stride < lists.n && error == cudaSuccess; stride *= kPiece)
-    error = simt::launch(add_groups<Size, kAligned, T, Output>, blocks_for<Size>(lists.n, 32 * block.z), block, stream,
-                         lists, output, width, int32_t(stride), scratch);
+  if (lists.n > kPiece && error == cudaSuccess)
+    error = simt::launch(add_pieces<Size, kAligned, T, Output>, blocks_for<Size>(lists.n, 32 * block.z), block, stream,
+                         lists, output, width, scratch);
   return error;
 }
 
