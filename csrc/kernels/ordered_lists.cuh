@@ -38,11 +38,6 @@ __device__ __forceinline__ int32_t end_of_list(const OrderedLists& lists, int32_
 }
 
 // ------------------------------------------------------------------------------------------------------------- sizes
-struct OrderedListsSize : LaunchSize {
-  static constexpr int kSteps = 8;        // 32 entries a warp and step
-  static constexpr int kFewTiles = 64;    // a block sums the counts of so many tiles by itself
-  static constexpr int kBlockSteps = 32;  // of a block that sorts everything alone; 0: none does
-};
 constexpr int kMostDigitBits = 10, kMostDigits = (1 << kMostDigitBits) + 1;  // one more for keys out of range
 
 template <typename Size>

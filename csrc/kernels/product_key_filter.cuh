@@ -32,20 +32,13 @@ struct TokenRows {
 constexpr int kRedoTokens = 16;               // tokens that are left to `search` together
 constexpr int64_t kMostFilterKeys = 1 << 16;  // sub-keys that 16 bits can number
 
-struct FilterSize : LaunchSize {
-  static constexpr int kManyTokens = 64, kFewTokens = 16;  // of a block
-  static constexpr int kManyBlocks = 128;                  // fewer leave a large GPU without work
-  static constexpr int kLeastTokens = kThreads / 2;        // fewer are not worth it
-};
-
 // What a block works on at a time: all similarities of kTokens tokens and kKeys sub-keys, in registers. A warp has all
 // tokens and every kWarps-th group of 8 sub-keys; a lane has kSets sets of sub-keys of each of its tokens.
 template <typename Size, int kTokens_, int kSets_>
 struct FilterTile {
   static constexpr int kThreads = Size::kThreads, kWarps = kThreads / 32, kTokens = kTokens_, kSets = kSets_;
   static constexpr int kBands = kTokens / 16, kGroups = 8, kKeys = kWarps * kGroups * 8;
-  static constexpr int kNormRows =
-      (kTokens + 8 * kWarps - 1) / (8 * kWarps);  // queries of whose norm a lane has a part
+  static constexpr int kNormRows = (kTokens + 8 * kWarps - 1) / (8 * kWarps);  // tokens of whose norm a lane has parts
   static constexpr int kAllSets = kWarps * 4 * kSets, kMostTopk = kAllSets / (kSets == 1 ? 4 : 2);
   static constexpr int kMostKept = kSets == 1 ? 48 : 80;  // sub-keys of a token
   static constexpr int kStages = 2;

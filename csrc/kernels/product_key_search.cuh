@@ -20,11 +20,6 @@
 namespace fwpkm::kernels {
 
 // ------------------------------------------------------------------------------------------------------------- sizes
-struct SearchSize : LaunchSize {
-  using Filter = FilterSize;
-  static constexpr int64_t kFewSimilarities = 1 << 20;  // of a search that may keep them in device memory
-};
-
 // What one block of `search` holds at a time: so many tokens, so many sub-keys, 64 bytes of each row. Its warps share
 // the tokens among them; a lane owns the sub-keys at distances of 32.
 template <typename T, int kThreads>

@@ -1,28 +1,11 @@
 // Small tools of all kernels: lanes and warps, 16-byte packs of a row, the size of a launch.
 #pragma once
 #include "kernels/simt.cuh"
+#include "kernels/tuning.cuh"
 
 namespace fwpkm::kernels {
 
 constexpr unsigned kFullWarp = 0xffffffffu;
-
-#ifndef FWPKM_THREADS
-#define FWPKM_THREADS 256  // the tests take fewer where each is a fiber
-#endif
-#ifndef FWPKM_LEAST_SHARED_ELEMENTS
-#define FWPKM_LEAST_SHARED_ELEMENTS (1 << 23)  // and have less to do
-#endif
-
-// How large a launch is. Results never depend on the number of blocks; kThreads is part of the order of a block_sum.
-// The tests take smaller ones, to get many blocks from little data.
-struct LaunchSize {
-  static constexpr int kThreads = FWPKM_THREADS;
-  static constexpr int kMaxBlocks = 1 << 20;  // more work than that: each block takes several items
-  // Rows that many entries read: so much is worth the way through shared memory, and as many blocks fill a large GPU.
-  static constexpr int64_t kLeastSharedElements = FWPKM_LEAST_SHARED_ELEMENTS;
-  static constexpr int kSharedBlocks = 128;
-  static constexpr int64_t kMostSharedBytes = 1 << 18;  // no device has more
-};
 
 // Blocks for `items` of work, `per_block` of them at a time.
 template <typename Size>
