@@ -85,15 +85,16 @@ struct FilterTask {
   }
 };
 
-// Approximate similarities are wrong by at most  relative |q| |k|, or
-// 2 relative |q| |k| + squares (|q| + |k|)^2 with idw.
+// Approximate similarities are wrong by at most  relative |q| |k|, or  2 relative |q| |k| + squares (|q| + |k|)^2  with
+// idw. Elements below 2^-63 may be missing from a norm, for their squares are too small to be numbers: `missing`.
 struct FilterBounds {
-  float relative, squares;
+  float relative, squares, missing;
   explicit FilterBounds(int64_t width)
-      : relative(1.125f / 512 + float(width) / (1 << 20)), squares(float(width + 4) / (1 << 22)) {}
+      : relative(1.125f / 512 + float(width) / (1 << 20)),
+        squares(float(width + 4) / (1 << 22)),
+        missing(std::sqrt(float(width)) * 0x1p-62f) {}
 };
-constexpr float kMostNorm = 1e36f;     // squares below it cannot overflow, nor can similarities
-constexpr float kLeastBound = 1e-30f;  // what small numbers may lose
+constexpr float kMostNorm = 1e36f;  // squares below it cannot overflow, nor can similarities
 
 // ------------------------------------------------------------------------------------------------- parts of the kernel
 __device__ __forceinline__ float square_sum(float sum, const Pack<float>& pack) {
@@ -219,10 +220,11 @@ __device__ __forceinline__ void find_reached(bool first, int topk, const FilterB
   for (int w = 0; w < Tile::kWarps; ++w)
     if (stage.largest_norm[w] > key_norm) key_norm = stage.largest_norm[w];
   for (int token = warp; token < Tile::kTokens; token += Tile::kWarps) {
-    const float query_norm = stage.query_norm[token], product = sqrt(query_norm) * sqrt(key_norm);
-    const float wrong = kIdw ? 2 * bounds.relative * product + bounds.squares * (query_norm + 2 * product + key_norm)
-                             : bounds.relative * product;
-    const float bound = query_norm + key_norm < kMostNorm ? kLeastBound + wrong : NAN;
+    const float query_norm = stage.query_norm[token];
+    const float q = sqrt(query_norm) + bounds.missing, k = sqrt(key_norm) + bounds.missing;
+    const float wrong =
+        kIdw ? 2 * bounds.relative * q * k + bounds.squares * (q + k) * (q + k) : bounds.relative * q * k;
+    const float bound = query_norm + key_norm < kMostNorm ? wrong : NAN;
     if (lane == 0) stage.bound[token] = bound;
     for (int set = lane; set < Tile::kAllSets; set += 32) {
       const float mine = stage.largest[token][set];

@@ -19,6 +19,7 @@ enum class Numbers {
   kTwins,    // every sub-key comes three times
   kCut,      // sub-keys differ by what tensor cores do not see: few, then many of them
   kCutAll,
+  kTiny,          // queries whose squares are zero
   kNaN,           // in one query
   kInfinity,      // in one sub-key
   kLargeSums,     // finite scores whose sums overflow
@@ -61,14 +62,16 @@ struct Data {
     if (s.numbers == Numbers::kTwins)
       for (int64_t j = 0; j < s.lists() * s.sub_keys; ++j)
         std::copy_n(&sub_keys[j / 3 * 3 * s.width], s.width, &sub_keys[j * s.width]);
-    if (s.numbers == Numbers::kCut || s.numbers == Numbers::kCutAll) {
-      const int64_t alike = s.numbers == Numbers::kCut ? 5 : s.sub_keys;
+    if (s.numbers == Numbers::kCut || s.numbers == Numbers::kCutAll || s.numbers == Numbers::kTiny) {
+      const int64_t alike = s.numbers == Numbers::kCutAll ? s.sub_keys : 5;
       for (int64_t j = 0; j < s.lists() * s.sub_keys; ++j)
         for (int64_t c = 0; c < s.width; ++c) {
           const int64_t first = j - j % s.sub_keys % alike;
           sub_keys[j * s.width + c] = sub_keys[first * s.width + c] * T(1 + double(random.below(1000)) / 1.1e6);
         }
     }
+    if (s.numbers == Numbers::kTiny)
+      for (size_t i = 0; i < query.size(); ++i) query[i] *= T(1e-23);
     if (s.numbers == Numbers::kNaN) query[((s.row(s.tokens / 2) + 1) * s.lists() - 1) * s.width] = T(NAN);
     if (s.numbers == Numbers::kInfinity) sub_keys[sub_keys.size() - 1] = T(INFINITY);
     if (s.numbers == Numbers::kLargeSums) {
@@ -401,6 +404,7 @@ const Register kCases({
      [] {
        return make_search<SmallFilterFew, float>({20, 1, 150, 32, 4, kIdw, Numbers::kCutAll, 0, 0, 0, 0, true, 0});
      }},
+    {"filter_tiny", [] { return make_search<FilterFew, float>({40, 2, 300, 64, 8, false, Numbers::kTiny}); }},
     {"filter_nan",
      [] { return make_search<SmallFilterFew, float>({20, 2, 150, 8, 4, false, Numbers::kNaN, 0, 0, 0, 0, true, 0}); }},
     {"filter_infinity",
