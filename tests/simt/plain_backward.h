@@ -362,14 +362,19 @@ void plain_directions(Backward<T>& x) {
     if (s.keep != 1) x.dsub_keys[i] *= T(s.keep);
   }
   for (int64_t l = 0; l < 2 * x.m * x.n; ++l) {
-    T lanes[32] = {};
-    for (int64_t c = 0; c < half && !x.left_out(l / (2 * x.n)); ++c) {
-      const int64_t key = x.entry_key(l) * half + c;
-      const T q = x.query[x.query_row(l) * half + c];
-      T& sum = lanes[c / x.kPack % 32];
-      sum = std::fma(x.theta[key], s.idw ? q - x.sub_keys[key] : q, sum);
+    T& t = x.directions[l] = 0;
+    for (int64_t first = 0; first < half && !x.left_out(l / (2 * x.n)); first += 8 * x.kPack) {
+      T packs[8] = {};
+      for (int64_t c = first; c < half && c < first + 8 * x.kPack; ++c) {
+        const int64_t key = x.entry_key(l) * half + c;
+        const T q = x.query[x.query_row(l) * half + c];
+        T& sum = packs[(c - first) / x.kPack];
+        sum = std::fma(x.theta[key], s.idw ? q - x.sub_keys[key] : q, sum);
+      }
+      for (int apart = 4; apart; apart /= 2)
+        for (int i = 0; i < apart; ++i) packs[i] += packs[i + apart];
+      t += packs[0];
     }
-    T& t = x.directions[l] = warp_sum(lanes);
     if (s.idw && !x.left_out(l / (2 * x.n))) t *= 2 * std::exp(x.list_scores[l]);
   }
 }

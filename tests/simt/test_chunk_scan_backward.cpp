@@ -253,6 +253,42 @@ const Register kCases({
     {"directions_odd", [] { return directions<Small, float>({.s = kOdd}); }},
     {"directions_no_tokens", [] { return directions<Small, float>({.s = {.batch = 0, .keep = 0.9}}); }},
 
+    {"directions_shared",
+     [] {
+       return directions<Shared<Normal, 16>, float>({.s = {.topk = 8, .sub_keys = 9, .half_width = 136, .idw = kYes}});
+     }},
+    {"directions_shared_double",
+     [] {
+       return directions<Shared<Small, 64>, double>(
+           {.s = {.heads = 3, .topk = 8, .sub_keys = 9, .half_width = 18, .tokens = 12, .idw = kYes, .clip = 1}});
+     }},
+    {"directions_shared_dot",
+     [] {
+       return directions<Shared<Small>, float>(
+           {.s = {.heads = 2, .topk = 13, .sub_keys = 14, .half_width = 60, .batch = 3, .tokens = 20}});
+     }},
+    {"directions_shared_carried",
+     [] {
+       return directions<Shared<Small, 64>, float>({.s = {.heads = 2,
+                                                          .topk = 4,
+                                                          .half_width = 40,
+                                                          .batch = 3,
+                                                          .tokens = 21,
+                                                          .lookahead = 3,
+                                                          .boundary = kCarry,
+                                                          .masked = kYes}});
+     }},
+    {"directions_shared_odd",
+     [] {
+       return directions<Shared<Small>, float>(
+           {.s = {.heads = 3, .topk = 4, .half_width = 8, .tokens = 20, .idw = kYes, .odd = 3, .astray = 2}});
+     }},
+    {"directions_no_room",
+     [] { return directions<Shared<Small, 1, 1000>, float>({.s = {.topk = 4, .half_width = 40, .tokens = 20}}); }},
+    {"small_directions",
+     [] {
+       return directions<Shared<OneBlock, 8>, float>({.s = {.topk = 4, .half_width = 36, .tokens = 8, .idw = kYes}});
+     }},
     {"key_gradients_float", [] { return keys<Normal, float>({.s = {.half_width = 136, .batch = 1}}); }},
     {"key_gradients_double",
      [] { return keys<Small, double>({.s = {.heads = 3, .topk = 8, .sub_keys = 9, .idw = kYes}}); }},
