@@ -49,11 +49,15 @@ void combine(const T* s0, const T* s1, const int32_t* i0, const int32_t* i1, int
 template <typename T>
 class ProductKeySearch {
  public:
-  static constexpr int64_t kBlock =
-      16;  // tokens whose scores are held at a time; with more, queries leave the L1 cache
+  static constexpr int64_t kBlock = 16;  // tokens whose scores are held at a time; more queries leave the L1 cache
 
   ProductKeySearch(const ProductKeySizes& sizes, int64_t topk, Score score, double eps)
-      : s_(sizes), topk_(topk), idw_(score == Score::kIdw), eps_(T(eps)), scores_(kBlock * sizes.sub_keys), query_(kBlock * sizes.half_width) {}
+      : s_(sizes),
+        topk_(topk),
+        idw_(score == Score::kIdw),
+        eps_(T(eps)),
+        scores_(kBlock * sizes.sub_keys),
+        query_(kBlock * sizes.half_width) {}
 
   // n <= kBlock tokens whose queries [H, K] lie one after the other. result(i): where token i's results go. False if
   // a score is NaN or infinite; the results are then in range, but without meaning.
@@ -65,8 +69,8 @@ class ProductKeySearch {
     for (int64_t h = 0; h < s_.heads; ++h)
       for (int64_t p = 0; p < 2; ++p) {
         for (int64_t i = 0; i < n; ++i) std::copy_n(query + i * stride + (2 * h + p) * half, half, &query_[i * half]);
-        v.scores(query_.data(), half, n, sub_keys + (2 * h + p) * s_.sub_keys * half, s_.sub_keys, half,
-                 idw_, scores_.data());
+        v.scores(query_.data(), half, n, sub_keys + (2 * h + p) * s_.sub_keys * half, s_.sub_keys, half, idw_,
+                 scores_.data());
         for (int64_t i = 0; i < n; ++i) {
           const SearchResult<T> r = result(i);
           T* best = r.list_scores + (2 * h + p) * topk_;
@@ -94,7 +98,7 @@ class ProductKeySearch {
   bool idw_;
   T eps_;
   std::vector<T> scores_;  // [kBlock, P]
-  std::vector<T> query_;
+  std::vector<T> query_;   // [kBlock, K/2]: of one half, side by side
 };
 
 // ---- a = f(z / temperature) and its Jacobian J (symmetric); n = H*R reads of one token ------------------------------
