@@ -6,6 +6,7 @@
 #include "binding/stream.h"
 #include "cuda/errors.h"
 #include "cuda/scan.h"
+#include "cuda/search.h"
 #include "kernels/read_chunk.cuh"
 #include "kernels/write_keys.cuh"
 #include "kernels/write_rows.cuh"
@@ -130,7 +131,7 @@ class ForwardScan {
                                               .slots = slots_.mutable_data_ptr<int32_t>(),
                                               .scores = scores_.mutable_data_ptr<T>(),
                                               .errors = error_word_};
-    check_cuda(kernels::search_product_keys(search, stream_), "search_product_keys");
+    check_cuda(search_product_keys(search, stream_), "search_product_keys");
     const kernels::ReadArguments<T> arguments{
         .view = view_,
         .chunk = c,

@@ -1,7 +1,6 @@
 // torch.ops.fwpkm.product_key_topk and its backward on CUDA. Scores that are not finite and slots out of range are no
 // errors here, for the host does not wait: the results they touch are NaN (indices: -1), and the device's error word
 // says so.
-#include "kernels/product_key_search.cuh"
 #include "kernels/product_key_topk_backward.cuh"
 
 #include <limits>
@@ -10,6 +9,7 @@
 #include "binding/stream.h"
 #include "binding/tensors.h"
 #include "cuda/errors.h"
+#include "cuda/search.h"
 #include "ops/product_key_topk.h"
 
 namespace fwpkm {
@@ -50,7 +50,7 @@ std::tuple<Tensor, Tensor> product_key_topk_cuda(const Tensor& query, const Tens
                                               .slots = indices.mutable_data_ptr<int32_t>(),
                                               .scores = scores.mutable_data_ptr<T>(),
                                               .errors = error_word()};
-    check_cuda(kernels::search_product_keys(search, cuda.stream()), "product_key_topk");
+    check_cuda(search_product_keys(search, cuda.stream()), "product_key_topk");
   });
   return {scores, indices};
 }
