@@ -95,6 +95,26 @@ def test_a_read_depends_on_the_memory_and_its_own_query_alone(dtype, score):
         assert torch.equal(fwpkm_cuda.value_gather(values, part[1].flatten(-2), part[0].flatten(-2)), gathered[rows])
 
 
+@pytest.mark.parametrize("score", ["dot", "idw"])
+@pytest.mark.parametrize("sub_keys", ["apart", "close", "alike"])
+def test_many_tokens_are_searched_as_few_are(sub_keys, score):
+    """Many tokens pass a filter that sees 10 bits of a number; where that cannot tell sub-keys apart, it must not."""
+    n, H, P, K, topk = 300 if ON_A_GPU else 70, 2, 200, 64, 8
+    torch.manual_seed(4)
+    keys = randn(H, 2, P, K // 2)
+    if sub_keys == "close":
+        keys = keys[:, :, torch.arange(P) // 6] * (1 + 1e-4 * randn(H, 2, P, K // 2))
+    if sub_keys == "alike":
+        keys = keys[:, :, torch.arange(P) % 5]
+    query, keys = randn(n, H, K).to(DEVICE), keys.contiguous().to(DEVICE)
+    many = fwpkm_cuda.product_key_topk(query, keys, topk, score)
+    few = [fwpkm_cuda.product_key_topk(query[i : i + 3], keys, topk, score) for i in range(0, n, 3)]
+    for a, b in zip(many, zip(*few, strict=True), strict=True):
+        assert torch.equal(a, torch.cat(b))
+    exact = fwpkm_cuda.product_key_topk(query.double(), keys.double(), topk, score)[0]
+    torch.testing.assert_close(many[0], exact.float(), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", WITHOUT_DECAY)
 def test_rows_that_are_not_read_may_hold_anything(name):
     """In place as well: they keep their bits, and nothing else has them."""
