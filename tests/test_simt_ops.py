@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from test_simt import BUILD, ROOT, build, missing
 reason = missing()
 pytestmark = pytest.mark.skipif(reason is not None, reason=str(reason))
 
-# Test file: which of its tests (as pytest's -k). All of them together take two minutes.
+# Test file: which of its tests (as pytest's -k). All of them together take five minutes of a core.
 RUNS = {
     "test_value_gather.py": "",
     "test_product_key_topk.py": "",
@@ -65,9 +66,20 @@ def run(library, file, selection, **environment):
     assert " passed" in python(library, *words, Path(__file__).parent / file, **environment)
 
 
+@pytest.fixture(scope="module")
+def runs(library, request):
+    """{file: its run}, all that are selected at the same time: each has one thread."""
+    path = library("simt_ops")
+    files = [
+        x.callspec.params["file"] for x in request.session.items if x.name.startswith("test_the_cuda_operators_pass")
+    ]
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        yield {file: pool.submit(run, path, file, RUNS[file]) for file in files}
+
+
 @pytest.mark.parametrize("file", RUNS)
-def test_the_cuda_operators_pass(library, file):
-    run(library("simt_ops"), file, RUNS[file])
+def test_the_cuda_operators_pass(runs, file):
+    runs[file].result()
 
 
 def test_every_cuda_operator_is_in_the_library(library):

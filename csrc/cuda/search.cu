@@ -1,3 +1,4 @@
+// The kernels of product-key search, for the operators that search (search.h).
 #include "cuda/search.h"
 
 namespace fwpkm {

@@ -24,7 +24,7 @@ struct LaunchSize {
   static constexpr int64_t kMostSharedBytes = 1 << 18;  // no device has more
 };
 
-// ordered_lists.cuh
+// radix_sort.cuh and ordered_lists.cuh
 struct OrderedListsSize : LaunchSize {
   static constexpr int kSteps = 8;        // 32 entries a warp and step
   static constexpr int kFewTiles = 64;    // a block sums the counts of so many tiles by itself
