@@ -74,7 +74,7 @@ class ForwardScan {
       read(chunks[i]);
       if (!chunks[i].writes) continue;
       const auto [by_slot, by_key] = build_lists(chunks[i]);
-      write_rows(chunks[i], by_slot, kappa_of(s_.steps[i], s_, o_, masked_));
+      write_rows(chunks[i], by_slot, write_scale_of(s_.steps[i], s_, o_, masked_));
       if (o_.keys_move()) write_keys(chunks[i], by_key);
     }
     if (!o_.keys_move())
@@ -161,13 +161,13 @@ class ForwardScan {
     const int32_t reads = int32_t(view_.tokens(c) * view_.reads()), entries = o_.keys_move() ? 2 * reads : 0;
     const auto by_slot = kernels::grouping(slots_.const_data_ptr<int32_t>(), reads, int32_t(s_.slots),
                                            slot_lists_.mutable_data_ptr<int32_t>(), nullptr);
-    const auto by_key = kernels::grouping(kernels::entry_keys(view_, list_indices(c)), entries,
+    const auto by_key = kernels::grouping(kernels::EntryKeys<T>{view_, c, list_indices(c)}, entries,
                                           int32_t(view_.key_rows()), pointer<int32_t>(key_lists_), nullptr);
     check_cuda(kernels::build_ordered_lists(by_slot, by_key, stream_), "build_ordered_lists");
     return {by_slot.lists(), by_key.lists()};
   }
 
-  void write_rows(const Chunk& c, const kernels::OrderedLists& lists, const Kappa& kappa) {
+  void write_rows(const Chunk& c, const kernels::OrderedLists& lists, const kernels::WriteScale& scale) {
     const int32_t reads = lists.n;
     const int64_t first_place = s_.batch * c.tokens_before * view_.reads(), open_bytes = (s_.width + 7) / 8;
     if (in_place_ && o_.decays())
@@ -177,8 +177,7 @@ class ForwardScan {
     if (reads == 0) return;
     int32_t* const counts = counts_.mutable_data_ptr<int32_t>();
     T *const gamma = gamma_.mutable_data_ptr<T>(), *const to = in_place_ ? values_ : log_ + first_place * s_.width;
-    check_cuda(kernels::list_step_sizes(lists, view_, c, kappa.constant, kappa.per_pair, counts, counts + reads, gamma,
-                                        stream_),
+    check_cuda(kernels::list_step_sizes(lists, view_, c, scale, counts, counts + reads, gamma, stream_),
                "list_step_sizes");
     const T* const errors = errors_.const_data_ptr<T>();
     T* const scratch = scratch_.mutable_data_ptr<T>();

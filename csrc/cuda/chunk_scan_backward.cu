@@ -77,7 +77,7 @@ class BackwardScan {
 
   void run() {
     const auto chunks = chunks_of(s_);
-    for (size_t i = chunks.size(); i-- > 0;) backward(chunks[i], kappa_of(s_.steps[i], s_, o_, masked_));
+    for (size_t i = chunks.size(); i-- > 0;) backward(chunks[i], write_scale_of(s_.steps[i], s_, o_, masked_));
     if (!need_dvalues_) return;
     T* const drows = result_.value_rows.mutable_data_ptr<T>();
     check_launch(kernels::finish_rows_of_reads(view_, table_, reads_of_call(),
@@ -107,7 +107,7 @@ class BackwardScan {
     return saved_.key_versions.const_data_ptr<T>() + (c.writes_before - 1) * key_count();
   }
 
-  void backward(const Chunk& c, const Kappa& kappa) {
+  void backward(const Chunk& c, const kernels::WriteScale& scale) {
     const int64_t reads = view_.tokens(c) * view_.reads(), before = s_.batch * c.tokens_before * view_.reads();
     const int32_t *const places = saved_.places.const_data_ptr<int32_t>() + before,
                          *const read_from = saved_.read_from.const_data_ptr<int32_t>() + before;
@@ -118,11 +118,11 @@ class BackwardScan {
         error_word_, stream_));
     const auto by_slot =
         kernels::grouping(static_cast<const int32_t*>(slots_), int32_t(reads), int32_t(s_.slots), slot_lists_, nullptr);
-    const auto by_key = kernels::grouping(kernels::entry_keys(view_, list_indices_), int32_t(2 * reads),
+    const auto by_key = kernels::grouping(kernels::EntryKeys<T>{view_, c, list_indices_}, int32_t(2 * reads),
                                           int32_t(view_.key_rows()), key_lists_, nullptr);
     check_launch(kernels::build_ordered_lists(by_slot, by_key, stream_));
     const kernels::OrderedLists slot_lists = by_slot.lists();
-    row_gradients(c, slot_lists, kappa, int32_t(before), read_from);
+    row_gradients(c, slot_lists, scale, int32_t(before), read_from);
 
     // Of the sub-keys: whether the write passes their gradient on, for it moved them, and somebody later read them.
     const bool through = c.writes && o_.keys_move() && !no_dsub_keys_;
@@ -175,11 +175,10 @@ class BackwardScan {
   }
 
   // The gradients of the rows after the write, by the lists of the chunk's slots.
-  void row_gradients(const Chunk& c, const kernels::OrderedLists& lists, const Kappa& kappa, int32_t before,
-                     const int32_t* read_from) {
+  void row_gradients(const Chunk& c, const kernels::OrderedLists& lists, const kernels::WriteScale& scale,
+                     int32_t before, const int32_t* read_from) {
     if (c.writes)
-      check_launch(kernels::list_step_sizes(lists, view_, c, kappa.constant, kappa.per_pair, counts_, counts_ + lists.n,
-                                            gamma_, stream_));
+      check_launch(kernels::list_step_sizes(lists, view_, c, scale, counts_, counts_ + lists.n, gamma_, stream_));
     const kernels::RowsAfterWrite<T> rows{.table = table_,
                                           .first_read = before,
                                           .all_writes = int32_t(s_.writes),

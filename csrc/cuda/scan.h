@@ -2,7 +2,7 @@
 #pragma once
 #include <vector>
 
-#include "kernels/scan.cuh"
+#include "kernels/write_rows.cuh"
 #include "ops/scan_tensors.h"
 
 namespace fwpkm {
@@ -35,7 +35,8 @@ kernels::ScanView<T> scan_view(const ScanInputs& in, const ScanSizes& s, const S
           .lr = T(o.lr),
           .keep = T(o.keep()),
           .grad_clip = T(o.grad_clip),
-          .addressing_weight = o.addressing_weight};
+          .addressing_weight = o.addressing_weight,
+          .memories = {}};  // one: the operators have no argument for more
 }
 
 inline std::vector<kernels::Chunk> chunks_of(const ScanSizes& s) {
@@ -49,18 +50,13 @@ inline std::vector<kernels::Chunk> chunks_of(const ScanSizes& s) {
   return chunks;
 }
 
-// kappa of gamma = kappa / N_read: known, or so much per pair that the mask keeps.
-struct Kappa {
-  double constant, per_pair;
-};
-
-inline Kappa kappa_of(const Step& step, const ScanSizes& s, const ScanOptions& o, bool masked) {
+// kappa of gamma = kappa / N_read
+inline kernels::WriteScale write_scale_of(const Step& step, const ScanSizes& s, const ScanOptions& o, bool masked) {
   const double pairs = double(s.batch * step.pairs);
-  if (pairs == 0) return {0, 0};
-  if (o.write_rule == WriteRule::kPaper) return {1, 0};
-  const double reads = double(s.reads_per_token());
-  if (masked) return {0, reads / pairs};
-  return {double(s.batch * (step.stop - step.own)) / pairs * reads, 0};
+  if (pairs == 0) return {0, false};
+  if (o.write_rule == WriteRule::kPaper) return {1, false};
+  if (masked) return {0, true};
+  return {double(s.batch * (step.stop - step.own)) / pairs * double(s.reads_per_token()), false};
 }
 
 // log null: the scan is in place.

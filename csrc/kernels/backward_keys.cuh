@@ -80,8 +80,6 @@ __global__ void __launch_bounds__(Size::kThreads) key_factors(BackwardKeys<T> x,
   const ScanView<T>& view = x.view;
   const int32_t topk = int32_t(view.topk);
   const int64_t step = int64_t(gridDim.x) * (Size::kThreads / 32), lists = x.num_lists();
-  const double rows = double(view.addressed_rows(x.chunk)), factor = view.addressing_weight / rows;
-  const T daddressing = x.daddressing ? *x.daddressing : T(0);
   for (int64_t list = (int64_t(blockIdx.x) * Size::kThreads + threadIdx.x) / 32; list < lists; list += step) {
     const int64_t at = list * topk;
     if (x.left_out(list)) {
@@ -89,7 +87,10 @@ __global__ void __launch_bounds__(Size::kThreads) key_factors(BackwardKeys<T> x,
       continue;
     }
     const int half = int(list % 2);
-    const int64_t table = half * view.num_sub_keys, reads = list / 2 * topk;  // of the token and head
+    const int64_t memory = view.memory(x.chunk, uint32_t(list) / uint32_t(2 * view.heads));
+    const int64_t table = (2 * memory + half) * view.num_sub_keys, reads = list / 2 * topk;  // of the token and head
+    const double rows = double(view.addressed_rows_of(x.chunk, memory)), factor = view.addressing_weight / rows;
+    const T daddressing = x.daddressing ? x.daddressing[memory] : T(0);
     double mean_u = 0, mean_dp = 0;
     T mean_t = 0;
     const auto centred_u = [&](int32_t l) { return x.slope[table + x.list_indices[at + l]] - mean_u; };
@@ -137,11 +138,16 @@ cudaError_t key_directions(const BackwardKeys<T>& x, bool aligned, cudaStream_t 
 template <typename Size = LaunchSize, typename T>
 cudaError_t key_gradients(const BackwardKeys<T>& x, bool aligned, cudaStream_t stream) {
   const ScanView<T>& view = x.view;
-  const int64_t rows = view.addressed_rows(x.chunk), lists = x.num_lists();
+  const int64_t lists = x.num_lists();
   if (lists == 0) return cudaSuccess;
   const unsigned warp_per_list = blocks_for<Size>(lists, Size::kThreads / 32);
-  const bool addressed = x.chunk.writes && view.addressing_weight != 0 && rows > 0 && (x.through || x.daddressing);
-  const int32_t table = int32_t(2 * view.num_sub_keys), keys = int32_t(view.key_rows());
+  const bool addressed =
+      x.chunk.writes && view.addressing_weight != 0 && view.addressed_rows(x.chunk) > 0 && (x.through || x.daddressing);
+  const auto sum_entries = [&](const T* entries, bool by_half, double factor) {
+    return simt::launch(kernels::sum_entries<Size, T>,
+                        blocks_for<Size>(by_half ? view.table_size() : view.key_rows(), 1), Size::kThreads, stream,
+                        view, x.chunk, x.lists, entries, by_half, factor, x.sum);
+  };
   cudaError_t error = cudaSuccess;
   if (addressed)
     error = address_chunk<Size>(view, x.chunk, x.lists, x.list_indices, x.list_scores, x.p, x.mean, x.slope,
@@ -149,20 +155,16 @@ cudaError_t key_gradients(const BackwardKeys<T>& x, bool aligned, cudaStream_t s
   if (addressed && x.through && error == cudaSuccess)
     error = simt::launch(centred_directions<Size, T>, warp_per_list, Size::kThreads, stream, x);
   if (addressed && x.through && error == cudaSuccess)  // before 1 / mean, which may reach 2e8, multiplies it
-    error = simt::launch(sum_entries<Size, T>, blocks_for<Size>(table, 1), Size::kThreads, stream, x.lists, x.beta,
-                         table, view.addressing_weight / double(rows), x.sum);
+    error = sum_entries(x.beta, true, view.addressing_weight);
   if (error == cudaSuccess)
     error = simt::launch(key_factors<Size, T>, warp_per_list, Size::kThreads, stream, x, addressed);
   if (error == cudaSuccess) error = launch_add_to_query<Size>(x, aligned, stream);
   const bool pulled = view.idw && x.through;
-  if (pulled && error == cudaSuccess)
-    error = simt::launch(sum_entries<Size, T>, blocks_for<Size>(keys, 1), Size::kThreads, stream, x.lists, x.alpha,
-                         keys, 1.0, x.sum);
+  if (pulled && error == cudaSuccess) error = sum_entries(x.alpha, false, 1.0);
   if (error != cudaSuccess) return error;
   const AddToKeys<T> output{x.dsub_keys, x.theta, pulled ? x.sum : nullptr};
   const auto sums = [&](const auto& terms) {
-    return column_sums<Size>(x.lists, terms, output, 2 * view.heads, view.topk, view.half_width, x.scratch, aligned,
-                             stream);
+    return sums_by_key<Size>(view, x.lists, terms, output, x.scratch, aligned, stream);
   };
   return view.idw ? sums(QueryTerms<T, true>{view, x.chunk, x.beta, x.sub_keys})
                   : sums(QueryTerms<T, false>{view, x.chunk, x.beta, x.sub_keys});

@@ -3,9 +3,9 @@
 //
 //   t_l = slope <theta, difference>     d q += sum_list (beta (k - q) + alpha theta)
 //
-// Many entries read few sub-keys. So each of the two has a second kernel for many tokens, with the same bits: a block
-// takes some columns of all sub-keys of a half, and of their theta, into shared memory (128 KB for 512 of them and 32
-// columns of float), and reads them there for its part of the tokens.
+// Many entries read few sub-keys. So each of the two has a second kernel for many tokens of one memory, with the same
+// bits: a block takes some columns of all sub-keys of a half, and of their theta, into shared memory (128 KB for 512 of
+// them and 32 columns of float), and reads them there for its part of the tokens.
 //
 // Order of <theta, difference>: the columns of a pack of 16 bytes ascending, from zero, one fused multiply-add each; 8
 // consecutive packs as a tree, i and i + 4 first; then these sums in turn, from zero. Of sums over a list: its entries
@@ -23,19 +23,19 @@ struct BackwardKeys {
   OrderedLists lists;                    // of the chunk's entries
   bool through;                          // with theta
   const int32_t *list_indices, *places;  // (m, H, 2, R) checked, (m, H, R)
-  const T *list_scores, *sub_keys;       // (m, H, 2, R), (H, 2, P, K/2) that the chunk was read with
-  const uint8_t* open;                   // (H, 2, P, (K/2 + 7) / 8), or null
+  const T *list_scores, *sub_keys;       // (m, H, 2, R), (memories, H, 2, P, K/2) that the chunk was read with
+  const uint8_t* open;                   // (memories, H, 2, P, (K/2 + 7) / 8), or null
   const T *dscores, *memory_terms;       // (m, H, R); null unless the memory loss moved the sub-keys
-  const T* daddressing;                  // d(addressing loss) of the write, or null
-  T *dquery, *dsub_keys;                 // as query; (H, 2, P, K/2): dK', becomes dK
+  const T* daddressing;                  // (memories): d(addressing loss) of the write; or null
+  T *dquery, *dsub_keys;                 // as query; as sub_keys: dK', becomes dK
   // Workspace
-  T *theta, *directions;                   // (H, 2, P, K/2), t (m, H, 2, R): kept from key_directions to key_gradients
+  T *theta, *directions;                   // as sub_keys, t (m, H, 2, R): kept from key_directions to key_gradients
   T *alpha, *beta, *p;                     // (m, H, 2, R)
-  double *mean, *slope, *curvature, *sum;  // (2, P); sum (H, 2, P)
+  double *mean, *slope, *curvature, *sum;  // (memories, 2, P); sum (memories, H, 2, P)
   T* scratch;                              // column_sums_scratch(entries, 2H, K/2)
 
   __device__ bool left_out(int64_t list) const { return list_indices[list * view.topk] < 0; }
-  __device__ int64_t row_of(int64_t l) const { return view.key_row(l, list_indices[l]) * view.half_width; }
+  __device__ int64_t row_of(int64_t l) const { return view.key_row(chunk, l, list_indices[l]) * view.half_width; }
   __host__ __device__ int64_t num_lists() const { return view.tokens(chunk) * view.heads * 2; }
 };
 
@@ -264,8 +264,9 @@ bool launch_from_shared(const BackwardKeys<T>& x, bool aligned, cudaStream_t str
   const int64_t entries = x.num_lists() * view.topk, bytes = Tile::packs(x) * int64_t(sizeof(Pack<T>));
   const int64_t wanted = (Size::kSharedBlocks + blocks - 1) / blocks;
   const int64_t most = entries / (groups * view.num_sub_keys) / kLeastReads, parts = wanted < most ? wanted : most;
-  if (!aligned || parts == 0 || entries <= kPiece || entries * view.half_width < Size::kLeastSharedElements ||
-      bytes > Size::kMostSharedBytes || !simt::allow_shared(kernel, size_t(bytes)))
+  if (view.memories.of_row || !aligned || parts == 0 || entries <= kPiece ||
+      entries * view.half_width < Size::kLeastSharedElements || bytes > Size::kMostSharedBytes ||
+      !simt::allow_shared(kernel, size_t(bytes)))
     return false;
   *error = simt::launch_with_shared(size_t(bytes), kernel, blocks_for<Size>(blocks * parts, 1), Tile::kThreads, stream,
                                     x, int32_t(parts), arguments...);

@@ -23,7 +23,7 @@ struct RowState {
 // at which it was first met.
 template <typename T>
 struct RowGradients {
-  int32_t* row_of;   // (S): its buffer row + 1, 0: none
+  int32_t* row_of;   // (memories, S): its buffer row + 1, 0: none
   RowState* states;  // by buffer row
   T* rows;           // (min(S, reads of the call), V)
   bool row_is_slot;
@@ -96,10 +96,11 @@ __global__ void __launch_bounds__(Size::kThreads)
     }
     valid = __ballot_sync(kFullWarp, !valid) == 0;
     if (!valid && lane == 0 && ids[0] >= 0) report(error_word, kIndexOutOfRange);
+    const int32_t first_slot = int32_t(view.memory(chunk, t) * view.num_slots);
     for (int32_t l = lane; l < 2 * n; l += 32) list_indices[t * 2 * n + l] = valid ? ids[l] : -1;
     for (int32_t r = lane; r < n; r += 32) {
       const int32_t place = places[t * n + r], list = r / topk * 2 * topk;
-      const int32_t slot = valid ? ids[list + place / topk] * most + ids[list + topk + place % topk] : -1;
+      const int32_t slot = valid ? first_slot + ids[list + place / topk] * most + ids[list + topk + place % topk] : -1;
       slots[t * n + r] = slot;
       if (slots_of_call) slots_of_call[t * n + r] = valid ? slot : 0;
     }

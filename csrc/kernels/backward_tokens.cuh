@@ -93,7 +93,7 @@ __device__ __forceinline__ void weigh_reads(const BackwardTokens<T>& x, int64_t 
   each_read(n, [&](int64_t r) { reads[r].weight = a[r]; });
   if (!x.directions) return;
   T *const y = x.y + t * n, *const directions = x.read_directions + t * n;
-  const T scale = T(view.pairs(x.chunk)) * T(view.width);
+  const T scale = T(view.pairs_of(x.chunk, view.memory(x.chunk, t))) * T(view.width);
   each_read(n, [&](int64_t r) { directions[r] = list_sum(x.directions, r); });
   through_weights(view.activation, view.temperature, a, z, directions, n, y);
   each_read(n, [&](int64_t r) { y[r] /= scale; });
@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(Size::kThreads) token_gradients(BackwardTokens
   const ScanView<T>& view = x.view;
   const int64_t n = view.reads(), width = view.width, open_bytes = (width + 7) / 8;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  const T width_t = T(width), scale = T(view.pairs(x.chunk)) * width_t;
+  const T width_t = T(width);
   for (int64_t t = blockIdx.x; t < view.tokens(x.chunk); t += gridDim.x) {
     if (x.list_indices[t * 2 * n] < 0) continue;
     const Token token = view.token(x.chunk, t);
@@ -197,6 +197,7 @@ __global__ void __launch_bounds__(Size::kThreads) token_gradients(BackwardTokens
     __syncthreads();  // delta, e
 
     T *const dz = x.dscores + t * n, *const terms = x.memory_terms ? x.memory_terms + t * n : nullptr;
+    const T scale = T(view.pairs_of(x.chunk, view.memory(x.chunk, t))) * width_t;
     for (int64_t r = warp; r < n; r += warps) {
       const TokenRead<T> read = reads[r];
       T through_out = 0, through_step = 0, b = 0;

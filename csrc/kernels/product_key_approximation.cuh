@@ -17,14 +17,9 @@
 // one is more than a bound below that has R better ones.
 #pragma once
 #include "kernels/best_list.cuh"
+#include "kernels/tokens.cuh"
 
 namespace fwpkm::kernels {
-
-// Token t = b * per_row + i of a launch stands at row b * row_stride + first + i of a (B, T, ...) tensor.
-struct TokenRows {
-  int64_t count, per_row, row_stride, first;
-  __device__ int64_t row(int64_t t) const { return t / per_row * row_stride + first + t % per_row; }
-};
 
 // ------------------------------------------------------------------------------------------------------------- sizes
 constexpr int kRedoTokens = 16;               // tokens that are left to `search` together

@@ -1,20 +1,26 @@
 // The R best of the R*R sums of two lists, one of each half: slots, their scores, and where in the lists they come
 // from.
 //
-// Equal sums: by rising slot j0 * P + j1. A bad list (index -1), or a sum that is infinite, makes the (token, head)
-// bad: slots -1, scores NaN, places 0; it is reported.
+// A slot is number j0 * P + j1 of its memory. Equal sums: by rising slot. A bad list (index -1), or a sum that is
+// infinite, makes the (token, head) bad: slots -1, scores NaN, places 0; it is reported.
 #pragma once
 #include "kernels/best_list.cuh"
 #include "kernels/errors.cuh"
+#include "kernels/tokens.cuh"
 
 namespace fwpkm::kernels {
 
 // Of one (token, head).
 template <typename T>
 struct Combination {
+  int32_t first_slot;       // of the memory
   int32_t *places, *slots;  // (R); places may be null
   T* scores;                // (R)
 };
+
+__device__ __forceinline__ int32_t first_slot(const TokenRows& rows, int64_t token, int32_t num_sub_keys) {
+  return int32_t(rows.memory(token)) * num_sub_keys * num_sub_keys;
+}
 
 // By one warp. indices and list_scores: (2, R), in global or shared memory.
 template <int kPerLane, typename T>
@@ -31,7 +37,7 @@ __device__ __forceinline__ void combine_lists(const int32_t* indices, const T* l
   };
   const auto put = [&](int place, T score, int64_t index) {
     finite &= bool(isfinite(score));
-    to.slots[place] = int32_t(index >> 32);
+    to.slots[place] = to.first_slot + int32_t(index >> 32);
     to.scores[place] = score;
     if (to.places) to.places[place] = int32_t(index & 0xffffffff);
   };

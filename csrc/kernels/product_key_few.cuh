@@ -35,9 +35,11 @@ __global__ void __launch_bounds__(Size::kThreads)
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int load_row = threadIdx.x / Tile::kPacks, load_column = threadIdx.x % Tile::kPacks * Pack<T>::kSize;
   const int64_t parts = (num_sub_keys + Tile::kKeys - 1) / Tile::kKeys;
-  const int64_t blocks = (rows.count + Tile::kTokens - 1) / Tile::kTokens * lists * parts;
+  const int64_t blocks = rows.tiles(Tile::kTokens) * lists * parts;
   for (int64_t b = blockIdx.x; b < blocks; b += gridDim.x) {
-    const int64_t list = b / parts % lists, first_token = b / parts / lists * Tile::kTokens;
+    const int64_t list = b / parts % lists;
+    const TokenTile tokens = rows.tile(b / parts / lists, Tile::kTokens);
+    const T* const keys = sub_keys + (tokens.memory * lists + list) * num_sub_keys * width;
     const int32_t first_key = int32_t(b % parts) * Tile::kKeys;
     const auto load = [&](const T* row, int64_t column) {
       if (column >= width) return filled_pack(T(0));
@@ -50,12 +52,13 @@ __global__ void __launch_bounds__(Size::kThreads)
 #pragma unroll
       for (int i = 0; i < Tile::kKeys / Tile::kRowsAtOnce; ++i) {
         const int32_t key = first_key + load_row + i * Tile::kRowsAtOnce;
-        if (key < num_sub_keys) key_packs[i] = load(sub_keys + (list * num_sub_keys + key) * width, column);
+        if (key < num_sub_keys) key_packs[i] = load(keys + key * width, column);
       }
 #pragma unroll
       for (int i = 0; i < Tile::kTokens / Tile::kRowsAtOnce; ++i) {
-        const int64_t token = first_token + load_row + i * Tile::kRowsAtOnce;
-        if (token < rows.count) query_packs[i] = load(query + (rows.row(token) * lists + list) * width, column);
+        const int row = load_row + i * Tile::kRowsAtOnce;
+        if (row < tokens.tokens)
+          query_packs[i] = load(query + (rows.row(tokens.first + row) * lists + list) * width, column);
       }
       __syncthreads();  // the stage is free
 #pragma unroll
@@ -65,7 +68,7 @@ __global__ void __launch_bounds__(Size::kThreads)
       for (int i = 0; i < Tile::kTokens / Tile::kRowsAtOnce; ++i)
         *reinterpret_cast<Pack<T>*>(&stage.query[load_row + i * Tile::kRowsAtOnce][load_column]) = query_packs[i];
       __syncthreads();  // the slice is complete
-      if (first_token + warp >= rows.count) continue;
+      if (warp >= tokens.tokens) continue;
       const int columns = width - first_column < Tile::kColumns ? int(width - first_column) : Tile::kColumns;
 #pragma unroll 4
       for (int c = 0; c < columns; c += Pack<T>::kSize) {
@@ -77,8 +80,8 @@ __global__ void __launch_bounds__(Size::kThreads)
         }
       }
     }
-    if (first_token + warp < rows.count && first_key + lane < num_sub_keys)
-      similarities[((first_token + warp) * lists + list) * num_sub_keys + first_key + lane] = sum;
+    if (warp < tokens.tokens && first_key + lane < num_sub_keys)
+      similarities[((tokens.first + warp) * lists + list) * num_sub_keys + first_key + lane] = sum;
   }
 }
 
@@ -118,8 +121,8 @@ __device__ __forceinline__ void take_best(const T* similarities, int32_t num_sub
 // One block of two warps per token and head.
 template <bool kIdw, int kPerLane, typename T>
 __global__ void __launch_bounds__(64)
-    take_best_and_combine(const T* __restrict__ similarities, int64_t token_heads, int32_t num_sub_keys, int topk,
-                          T eps, int32_t* __restrict__ list_indices, T* __restrict__ list_scores,
+    take_best_and_combine(const T* __restrict__ similarities, TokenRows rows, int64_t heads, int32_t num_sub_keys,
+                          int topk, T eps, int32_t* __restrict__ list_indices, T* __restrict__ list_scores,
                           int32_t* __restrict__ places, int32_t* __restrict__ slots, T* __restrict__ scores,
                           unsigned* errors) {
   constexpr int kMost = 32 * kPerLane;
@@ -130,7 +133,7 @@ __global__ void __launch_bounds__(64)
   SIMT_SHARED(best_indices, int32_t[2 * kMost]);
   SIMT_SHARED(best_scores, T[2 * kMost]);
   const int half = threadIdx.x / 32;
-  for (int64_t n = blockIdx.x; n < token_heads; n += gridDim.x) {
+  for (int64_t n = blockIdx.x; n < rows.count * heads; n += gridDim.x) {
     const int64_t list = 2 * n + half;
     take_best<kIdw, kPerLane>(similarities + list * num_sub_keys, num_sub_keys, topk, eps, left[half],
                               list_indices + list * topk, list_scores + list * topk, &best_indices[half * topk],
@@ -138,7 +141,8 @@ __global__ void __launch_bounds__(64)
     __syncthreads();  // both lists
     if (half == 0)
       combine_lists<kPerLane>(&best_indices[0], &best_scores[0], num_sub_keys, topk, left_sums,
-                              Combination<T>{places ? places + n * topk : nullptr, slots + n * topk, scores + n * topk},
+                              Combination<T>{first_slot(rows, n / heads, num_sub_keys),
+                                             places ? places + n * topk : nullptr, slots + n * topk, scores + n * topk},
                               errors);
     __syncthreads();  // the lists have been read
   }

@@ -110,7 +110,7 @@ __device__ __forceinline__ void write_lists(const FilterTask& task, int topk, fl
 }
 
 // -------------------------------------------------------------------------------------------------------------- kernel
-// One block per tile of tokens, head and half. redo (filter_workspace(N, lists)): 1 for what is left to `search`.
+// One block per tile of tokens, head and half. redo (rows.tiles(kRedoTokens), lists): 1 for what is left to `search`.
 template <typename Size, int kTokens, int kSets, bool kIdw>
 __global__ void __launch_bounds__(Size::kThreads, kTokens == Size::kManyTokens ? 1 : 2)
     filter(const float* __restrict__ query, TokenRows rows, const float* __restrict__ sub_keys, int64_t lists,
@@ -119,17 +119,18 @@ __global__ void __launch_bounds__(Size::kThreads, kTokens == Size::kManyTokens ?
   using Tile = FilterTile<Size, kTokens, kSets>;
   SIMT_DYNAMIC_SHARED(stage, FilterStage<Tile>);
   const int thread = threadIdx.x;
-  const int64_t blocks = (rows.count + kTokens - 1) / kTokens * lists;
+  const int64_t blocks = rows.tiles(kTokens) * lists;
   for (int64_t b = blockIdx.x; b < blocks; b += gridDim.x) {
-    const int64_t list = b % lists, first_token = b / lists * kTokens, left = rows.count - first_token;
+    const int64_t list = b % lists;
+    const TokenTile tokens = rows.tile(b / lists, kTokens);
     const FilterTask task{.query = query,
-                          .keys = sub_keys + list * num_sub_keys * width,
+                          .keys = sub_keys + (tokens.memory * lists + list) * num_sub_keys * width,
                           .rows = rows,
-                          .first_token = first_token,
+                          .first_token = tokens.first,
                           .lists = lists,
                           .list = list,
                           .width = width,
-                          .tokens = left < kTokens ? int32_t(left) : kTokens,
+                          .tokens = tokens.tokens,
                           .num_sub_keys = num_sub_keys};
     for (int i = thread; i < kTokens; i += Tile::kThreads) stage.count[i] = 0;
     if (thread < Tile::kBands) stage.redo[thread] = 0;
@@ -150,15 +151,11 @@ __global__ void __launch_bounds__(Size::kThreads, kTokens == Size::kManyTokens ?
     write_lists<kIdw>(task, topk, eps, stage, list_indices, list_scores);
     __syncthreads();  // redo; and the stage is free for the next tile
     for (int band = thread; band * kRedoTokens < task.tokens; band += Tile::kThreads)
-      redo[(first_token / kRedoTokens + band) * lists + list] = uint8_t(stage.redo[band]);
+      redo[(rows.tile_of(tokens.first, kRedoTokens) + band) * lists + list] = uint8_t(stage.redo[band]);
   }
 }
 
 // -------------------------------------------------------------------------------------------------------------- launch
-inline int64_t filter_workspace(int64_t tokens, int64_t lists) {
-  return (tokens + kRedoTokens - 1) / kRedoTokens * lists;
-}
-
 // false: the whole search is left to `search`, without a launch. Arguments as of search_lists, rows that are packs.
 template <typename Size = FilterSize>
 bool launch_filter(const float* query, TokenRows rows, const float* sub_keys, int64_t lists, int64_t num_sub_keys,
@@ -168,7 +165,7 @@ bool launch_filter(const float* query, TokenRows rows, const float* sub_keys, in
     using Tile = FilterTile<Size, tokens(), sets()>;
     const auto kernel = filter<Size, tokens(), sets(), is_idw()>;
     if (topk > Tile::kMostTopk || !simt::allow_shared(kernel, sizeof(FilterStage<Tile>))) return false;
-    const int64_t blocks = (rows.count + tokens() - 1) / tokens() * lists;
+    const int64_t blocks = rows.tiles(tokens()) * lists;
     *error = simt::launch_with_shared(sizeof(FilterStage<Tile>), kernel, blocks_for<Size>(blocks, 1), Size::kThreads,
                                       stream, query, rows, sub_keys, lists, int32_t(num_sub_keys), width, int(topk),
                                       eps, FilterBounds(width), list_indices, list_scores, redo);
@@ -178,7 +175,7 @@ bool launch_filter(const float* query, TokenRows rows, const float* sub_keys, in
   if (rows.count < Size::kLeastTokens || num_sub_keys < 8 * topk || num_sub_keys > kMostFilterKeys) return false;
   using Many = std::integral_constant<int, Size::kManyTokens>;
   using Few = std::integral_constant<int, Size::kFewTokens>;
-  const bool many = (rows.count + Many::value - 1) / Many::value * lists >= Size::kManyBlocks;
+  const bool many = rows.tiles(Many::value) * lists >= Size::kManyBlocks;
   const auto with_tokens = [&](auto sets, auto is_idw) {
     return many ? with(Many(), sets, is_idw) : with(Few(), sets, is_idw);
   };

@@ -3,8 +3,8 @@
 //   similarity(t, h, p, j) = <q, k_j>, or -|q - k_j|^2 with `idw`; q and k_j are of token t, head h, half p
 //   lists    the R highest similarities of each half, falling; equal ones by rising sub-key j. Their scores are the
 //            similarities themselves, or -log(eps + |q - k_j|^2)
-//   slots    the R highest sums of a score of half 0 and a score of half 1, falling; equal ones by rising slot
-//            j0 * P + j1
+//   slots    the R highest sums of a score of half 0 and a score of half 1, falling; equal ones by rising slot,
+//            j0 * P + j1 of the token's memory (tokens.cuh)
 //
 // Order of summation: columns ascending, from zero, one fused multiply-add each; a row ends with zeros up to whole
 // packs of 16 bytes. It depends on nothing else, so a token's bits do not depend on the other tokens of a call, nor on
@@ -76,12 +76,11 @@ __device__ __forceinline__ void offer_tile(const T* similarities, int32_t first_
 }
 
 // Whether the filter has left a token of the tile to `search`.
-template <int kTokens>
-__device__ __forceinline__ bool left_over(const uint8_t* redo, int64_t first_token, int64_t tokens, int64_t lists,
-                                          int64_t list) {
+__device__ __forceinline__ bool left_over(const uint8_t* redo, const TokenRows& rows, const TokenTile& tokens,
+                                          int64_t lists, int64_t list) {
   bool left = false;
-  for (int64_t band = first_token / kRedoTokens;
-       band * kRedoTokens < tokens && band * kRedoTokens < first_token + kTokens; ++band)
+  const int64_t last = rows.tile_of(tokens.first + tokens.tokens - 1, kRedoTokens);
+  for (int64_t band = rows.tile_of(tokens.first, kRedoTokens); band <= last; ++band)
     left |= redo[band * lists + list] != 0;
   return left;
 }
@@ -99,17 +98,17 @@ __global__ void __launch_bounds__(Size::kThreads, 2)
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int my_token = warp * Tile::kLaneTokens;
   const int load_row = threadIdx.x / Tile::kPacks, load_column = threadIdx.x % Tile::kPacks * Pack<T>::kSize;
-  const int64_t blocks = (rows.count + Tile::kTokens - 1) / Tile::kTokens * lists;
+  const int64_t blocks = rows.tiles(Tile::kTokens) * lists;
   for (int64_t b = blockIdx.x; b < blocks; b += gridDim.x) {
-    const int64_t list = b % lists, first_token = b / lists * Tile::kTokens;
-    if (redo && !left_over<Tile::kTokens>(redo, first_token, rows.count, lists, list)) continue;
-    const T* const keys = sub_keys + list * num_sub_keys * width;
+    const int64_t list = b % lists;
+    const TokenTile tokens = rows.tile(b / lists, Tile::kTokens);
+    if (redo && !left_over(redo, rows, tokens, lists, list)) continue;
+    const T* const keys = sub_keys + (tokens.memory * lists + list) * num_sub_keys * width;
     const T* queries[Tile::kQueryLoads];
 #pragma unroll
     for (int i = 0; i < Tile::kQueryLoads; ++i) {
       const int row = load_row + i * Tile::kRowsAtOnce;
-      const bool exists = row < Tile::kTokens && first_token + row < rows.count;
-      queries[i] = exists ? query + (rows.row(first_token + row) * lists + list) * width : nullptr;
+      queries[i] = row < tokens.tokens ? query + (rows.row(tokens.first + row) * lists + list) * width : nullptr;
     }
 
     Pack<T> key_packs[Tile::kKeyLoads], query_packs[Tile::kQueryLoads];
@@ -173,8 +172,8 @@ __global__ void __launch_bounds__(Size::kThreads, 2)
       __syncthreads();  // the similarities are complete
       const int32_t left = num_sub_keys - first_key;
 #pragma unroll 1
-      for (int i = warp; i < Tile::kTokens && first_token + i < rows.count; i += Tile::kWarps) {
-        const int64_t at = ((first_token + i) * lists + list) * topk;
+      for (int i = warp; i < tokens.tokens; i += Tile::kWarps) {
+        const int64_t at = ((tokens.first + i) * lists + list) * topk;
         offer_tile<kIdw, kPerLane>(stage.scores[i], first_key, left < Tile::kKeys ? left : Tile::kKeys,
                                    left <= Tile::kKeys, topk, eps, list_indices + at, list_scores + at, errors);
       }
@@ -185,20 +184,22 @@ __global__ void __launch_bounds__(Size::kThreads, 2)
 // One warp per token and head.
 template <typename Size, int kPerLane, typename T>
 __global__ void __launch_bounds__(Size::kThreads)
-    combine(const int32_t* __restrict__ list_indices, const T* __restrict__ list_scores, int64_t token_heads,
+    combine(const int32_t* __restrict__ list_indices, const T* __restrict__ list_scores, TokenRows rows, int64_t heads,
             int32_t num_sub_keys, int topk, int32_t* __restrict__ places, int32_t* __restrict__ slots,
             T* __restrict__ scores, unsigned* errors) {
   using Left = Candidates<T, int64_t>;
   SIMT_SHARED(left, Left[Size::kThreads / 32]);
   const int64_t step = int64_t(gridDim.x) * (Size::kThreads / 32);
-  for (int64_t n = (int64_t(blockIdx.x) * Size::kThreads + threadIdx.x) / 32; n < token_heads; n += step)
-    combine_lists<kPerLane>(
-        list_indices + n * 2 * topk, list_scores + n * 2 * topk, num_sub_keys, topk, left[threadIdx.x / 32],
-        Combination<T>{places ? places + n * topk : nullptr, slots + n * topk, scores + n * topk}, errors);
+  for (int64_t n = (int64_t(blockIdx.x) * Size::kThreads + threadIdx.x) / 32; n < rows.count * heads; n += step)
+    combine_lists<kPerLane>(list_indices + n * 2 * topk, list_scores + n * 2 * topk, num_sub_keys, topk,
+                            left[threadIdx.x / 32],
+                            Combination<T>{first_slot(rows, n / heads, num_sub_keys),
+                                           places ? places + n * topk : nullptr, slots + n * topk, scores + n * topk},
+                            errors);
 }
 
 // ------------------------------------------------------------------------------------------------------------ launch
-// query: rows (H, 2, K/2); sub_keys (H, 2, P, K/2); all contiguous. N = rows.count tokens.
+// query: rows (H, 2, K/2); sub_keys ([memories,] H, 2, P, K/2); all contiguous. N = rows.count tokens.
 // 1 <= R <= kMaxTopk, R <= P. A T is float or double.
 template <typename T>
 struct ProductKeySearch {
@@ -223,7 +224,7 @@ struct ProductKeySearch {
 template <typename T, typename Size = SearchSize>
 int64_t search_workspace(int64_t tokens, int64_t heads, int64_t num_sub_keys) {
   const int64_t similarities = std::min(tokens * 2 * heads * num_sub_keys, Size::kFewSimilarities);
-  return std::max(filter_workspace(tokens, 2 * heads), similarities * int64_t(sizeof(T)));
+  return std::max(tokens * 2 * heads, similarities * int64_t(sizeof(T)));  // `redo` has no more than that
 }
 
 // f(the list's registers per lane as a type, idw as a type)
@@ -237,8 +238,8 @@ cudaError_t with_search_kind(int64_t topk, bool idw, const F& f) {
 template <typename Size, typename T>
 cudaError_t search_few(const ProductKeySearch<T>& x, bool aligned, cudaStream_t stream) {
   using Tile = FewTile<T, Size::kThreads>;
-  const int64_t tiles = (x.rows.count + Tile::kTokens - 1) / Tile::kTokens * x.lists();
-  const int64_t blocks = tiles * ((x.num_sub_keys + Tile::kKeys - 1) / Tile::kKeys);
+  const int64_t parts = (x.num_sub_keys + Tile::kKeys - 1) / Tile::kKeys;
+  const int64_t blocks = x.rows.tiles(Tile::kTokens) * x.lists() * parts;
   const int32_t num_sub_keys = int32_t(x.num_sub_keys);
   T* const similarities = static_cast<T*>(x.workspace);
   return with_search_kind(x.topk, x.idw, [&](auto per_lane, auto idw) {
@@ -247,7 +248,7 @@ cudaError_t search_few(const ProductKeySearch<T>& x, bool aligned, cudaStream_t 
                      x.rows, x.sub_keys, aligned, x.lists(), num_sub_keys, x.half_width, similarities);
     if (error != cudaSuccess) return error;
     return simt::launch(take_best_and_combine<idw(), per_lane(), T>, blocks_for<Size>(x.rows.count * x.heads, 1), 64,
-                        stream, similarities, x.rows.count * x.heads, num_sub_keys, int(x.topk), x.eps, x.list_indices,
+                        stream, similarities, x.rows, x.heads, num_sub_keys, int(x.topk), x.eps, x.list_indices,
                         x.list_scores, x.places, x.slots, x.scores, x.errors);
   });
 }
@@ -255,8 +256,8 @@ cudaError_t search_few(const ProductKeySearch<T>& x, bool aligned, cudaStream_t 
 // redo: of the filter, or null.
 template <typename Size, typename T>
 cudaError_t search_many(const ProductKeySearch<T>& x, bool aligned, const uint8_t* redo, cudaStream_t stream) {
-  constexpr int kTokens = SearchTile<T, Size::kThreads>::kTokens;
-  const int64_t blocks = (x.rows.count + kTokens - 1) / kTokens * x.lists(), token_heads = x.rows.count * x.heads;
+  const int64_t blocks = x.rows.tiles(SearchTile<T, Size::kThreads>::kTokens) * x.lists();
+  const int64_t token_heads = x.rows.count * x.heads;
   const int32_t num_sub_keys = int32_t(x.num_sub_keys);
   return with_search_kind(x.topk, x.idw, [&](auto per_lane, auto idw) {
     const cudaError_t error =
@@ -265,8 +266,8 @@ cudaError_t search_many(const ProductKeySearch<T>& x, bool aligned, const uint8_
                      x.list_indices, x.list_scores, x.errors);
     if (error != cudaSuccess) return error;
     return simt::launch(combine<Size, per_lane(), T>, blocks_for<Size>(token_heads, Size::kThreads / 32),
-                        Size::kThreads, stream, x.list_indices, x.list_scores, token_heads, num_sub_keys, int(x.topk),
-                        x.places, x.slots, x.scores, x.errors);
+                        Size::kThreads, stream, x.list_indices, x.list_scores, x.rows, x.heads, num_sub_keys,
+                        int(x.topk), x.places, x.slots, x.scores, x.errors);
   });
 }
 

@@ -19,7 +19,7 @@ struct ReadArguments {
   ScanView<T> view;
   Chunk chunk;
   Versions<T> versions;
-  const int32_t* newest;  // (S): place in the log + 1 of a slot's newest row, 0: none; null in place
+  const int32_t* newest;  // (memories, S): place in the log + 1 of a slot's newest row, 0: none; null in place
   const T* scores;        // (m, H, R)
   int32_t* slots;         // (m, H, R)
   int32_t* list_indices;  // (m, H, 2, R)
@@ -30,7 +30,7 @@ struct ReadArguments {
   int32_t* read_from;     // (m, H, R): place of the log that was read, -1: the memory; null in place
   // Outputs of the scan; rows of the chunk's own tokens, and losses of its pairs.
   T* out;                // (B, T - carried, V)
-  int32_t* own_indices;  // (B, T - carried, H, R)
+  int32_t* own_indices;  // (B, T - carried, H, R): slots of the token's memory, numbered from 0
   T* own_weights;        // (B, T - carried, H, R)
   T* losses;             // (B, all pairs)
   unsigned* error_word;
@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(Size::kThreads) read_tokens(ReadArguments<T> x
       x.weights[i] = a[r];
       if (x.read_from) x.read_from[i] = place;
       if (own) {
-        x.own_indices[o] = slot;
+        x.own_indices[o] = odd ? -1 : slot - int32_t(view.memory(x.chunk, t) * view.num_slots);
         x.own_weights[o] = a[r];
       }
       if (x.memory_terms && !pair) x.memory_terms[i] = 0;
@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(Size::kThreads) read_tokens(ReadArguments<T> x
     }
     if (x.memory_terms && pair) {  // errors are there: block_sum has a barrier
       T* const terms = x.memory_terms + t * n;
-      const T scale = T(view.pairs(x.chunk)) * T(width);
+      const T scale = T(view.pairs_of(x.chunk, view.memory(x.chunk, t))) * T(width);
       for (int64_t r = warp; r < n; r += warps) {
         T sum = 0;
         for (int64_t column = lane * kPack; column < width && good; column += 32 * kPack) {

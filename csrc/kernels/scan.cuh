@@ -23,28 +23,42 @@ struct Token {
   int64_t b, i, x;  // batch row; number within the chunk; position in the sequence
 };
 
-// A scan as its kernels see it; passed by value. One memory serves all batch rows.
+// A scan as its kernels see it; passed by value.
 template <typename T>
 struct ScanView {
   const T *query, *target, *loss_weights;  // (B, T, H, 2, K/2), (B, T, V), (B, T) or null
   const uint8_t* mask;                     // (B, T) or null; any byte but 0 is true
   int64_t batch, length, carried, lookahead;
-  int64_t heads, num_sub_keys, half_width, topk, num_slots, width;
-  int64_t all_pairs;  // per batch row, of all chunks
+  int64_t heads, num_sub_keys, half_width, topk, num_slots, width;  // num_slots: S, of one memory
+  int64_t all_pairs;                                                // per batch row, of all chunks
   bool carry, idw, values_only;
   Activation activation;
   T eps, temperature, lr, keep, grad_clip;  // keep = 1 - lr * weight_decay; grad_clip negative: none
   double addressing_weight;
+  Memories memories;
 
   __host__ __device__ int64_t reads() const { return heads * topk; }  // of one token
   __host__ __device__ bool clips() const { return grad_clip >= 0; }
   __host__ __device__ bool decays() const { return keep != 1; }
   __host__ __device__ int64_t tokens(const Chunk& c) const { return batch * c.tokens(); }
-  __host__ __device__ int64_t pairs(const Chunk& c) const { return batch * c.pairs; }  // M
-  __host__ __device__ int64_t key_rows() const { return heads * 2 * num_sub_keys; }
-  // N_a, rows of the addressing loss
+  __host__ __device__ int64_t pairs(const Chunk& c) const { return batch * c.pairs; }
+  __host__ __device__ int64_t key_rows_of_memory() const { return heads * 2 * num_sub_keys; }
+  __host__ __device__ int64_t key_rows() const { return memories.count * key_rows_of_memory(); }
+  // Of tables (memories, 2, P)
+  __host__ __device__ int64_t table_size() const { return memories.count * 2 * num_sub_keys; }
   __host__ __device__ int64_t addressed_rows(const Chunk& c) const {
     return batch * (carry ? c.pairs : c.tokens()) * heads;
+  }
+
+  // Of one memory: the batch rows it serves, M of the memory loss, N_a of the addressing loss.
+  __device__ int64_t batch_of(int64_t memory) const { return memories.of_row ? memories.rows[memory] : batch; }
+  __device__ int64_t pairs_of(const Chunk& c, int64_t memory) const { return batch_of(memory) * c.pairs; }
+  __device__ int64_t addressed_rows_of(const Chunk& c, int64_t memory) const {
+    return batch_of(memory) * (carry ? c.pairs : c.tokens()) * heads;
+  }
+  // Which memory serves token t of a chunk.
+  __device__ int64_t memory(const Chunk& c, int64_t t) const {
+    return memories.of_row ? memories.of_row[uint32_t(t) / uint32_t(c.tokens())] : 0;
   }
 
   // Tokens, reads and entries of a chunk are fewer than 2^31, and 32-bit divisions much cheaper than 64-bit ones.
@@ -65,7 +79,7 @@ struct ScanView {
   __device__ const T* query_half(const Token& k, int64_t hp) const {  // hp = h * 2 + p
     return query + (at(k) * heads * 2 + hp) * half_width;
   }
-  // Of an entry of the lists: its query half, and its row in tables of (H, 2, P).
+  // Of an entry of the lists: its query half, and its row in tables of (memories, H, 2, P).
   __device__ const T* query_of(const Chunk& c, int64_t l) const {
     return query_of_list(c, uint32_t(l) / uint32_t(topk));
   }
@@ -73,11 +87,12 @@ struct ScanView {
     const uint32_t lists = uint32_t(2 * heads);
     return query_half(token(c, list / lists), list % lists);
   }
-  __device__ int64_t key_row(int64_t l, int32_t sub_key) const {
-    return uint32_t(l) / uint32_t(topk) % uint32_t(2 * heads) * num_sub_keys + sub_key;
+  __device__ int64_t key_row(const Chunk& c, int64_t l, int32_t sub_key) const {
+    const uint32_t list = uint32_t(l) / uint32_t(topk), lists = uint32_t(2 * heads);
+    return memory(c, list / lists) * key_rows_of_memory() + list % lists * num_sub_keys + sub_key;
   }
 
-  TokenRows rows(const Chunk& c) const { return {tokens(c), c.tokens(), length, c.first}; }
+  TokenRows rows(const Chunk& c) const { return {tokens(c), c.tokens(), length, c.first, memories.of_row}; }
 };
 
 // A row of the memory as a chunk reads it: `decays` times the factor keep is still to come.

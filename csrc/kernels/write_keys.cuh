@@ -17,7 +17,7 @@ struct QueryTerms {
   static constexpr bool kMinus = kIdw;
   ScanView<T> view;
   Chunk chunk;
-  const T *factors, *sub_keys;  // (m, H, 2, R), (H, 2, P, K/2)
+  const T *factors, *sub_keys;  // (m, H, 2, R), (memories, H, 2, P, K/2)
   __device__ const T* row(int32_t entry) const { return view.query_of(chunk, entry); }
   __device__ const T* row_of_list(uint32_t list) const { return view.query_of_list(chunk, list); }
   __device__ T factor(int32_t entry) const { return factors[entry]; }
@@ -29,7 +29,7 @@ struct NewKeys {
   ScanView<T> view;
   const T* sub_keys;
   T* to;
-  uint8_t* open;  // (H, 2, P, (K/2 + 7) / 8), or null
+  uint8_t* open;  // (memories, H, 2, P, (K/2 + 7) / 8), or null
   unsigned* error_word;
 
   __device__ bool wanted(const List&) const { return true; }
@@ -59,24 +59,34 @@ struct NewKeys {
   }
 };
 
+// The sums over the entries of every sub-key: column_sums, or ordered_sums where a key's entries have several memories.
+template <typename Size, typename T, typename Terms, typename Output>
+cudaError_t sums_by_key(const ScanView<T>& view, const OrderedLists& lists, const Terms& terms, const Output& output,
+                        T* scratch, bool aligned, cudaStream_t stream) {
+  return view.memories.of_row ? ordered_sums<Size>(lists, terms, output, view.half_width, scratch, aligned, stream)
+                              : column_sums<Size>(lists, terms, output, 2 * view.heads, view.topk, view.half_width,
+                                                  scratch, aligned, stream);
+}
+
 // ----------------------------------------------------------------------------------------------------------- kernels
-// alpha of every entry. One warp per (token, head). slope (2, P): null without addressing loss; memory_terms: null if
-// values_only.
+// alpha of every entry. One warp per (token, head). slope (memories, 2, P): null without addressing loss; memory_terms:
+// null if values_only.
 template <typename Size, typename T>
 __global__ void __launch_bounds__(Size::kThreads)
     key_steps(ScanView<T> view, Chunk chunk, const int32_t* __restrict__ list_indices,
               const T* __restrict__ list_scores, const T* __restrict__ p, const double* __restrict__ slope,
               const int32_t* __restrict__ places, const T* __restrict__ memory_terms, T* __restrict__ alpha) {
   const int32_t topk = int32_t(view.topk);
-  const int64_t rows = view.addressed_rows(chunk);
-  const double factor = rows ? view.addressing_weight / double(rows) : 0.0;
   const int64_t step = int64_t(gridDim.x) * (Size::kThreads / 32), heads = view.tokens(chunk) * view.heads;
-  for (int64_t th = (int64_t(blockIdx.x) * Size::kThreads + threadIdx.x) / 32; th < heads; th += step)
+  for (int64_t th = (int64_t(blockIdx.x) * Size::kThreads + threadIdx.x) / 32; th < heads; th += step) {
+    const int64_t memory = view.memory(chunk, uint32_t(th) / uint32_t(view.heads));
+    const int64_t rows = view.addressed_rows_of(chunk, memory);
+    const double factor = rows ? view.addressing_weight / double(rows) : 0.0;
     for (int half = 0; half < 2; ++half) {
       const int64_t at = (th * 2 + half) * topk;
       const int32_t* const ids = list_indices + at;
       const bool left_out = ids[0] < 0;
-      const double* const u = slope ? slope + half * view.num_sub_keys : nullptr;
+      const double* const u = slope ? slope + (2 * memory + half) * view.num_sub_keys : nullptr;
       const double mean = u && !left_out ? mean_slope(p + at, ids, u, topk) : 0.0;
       for (int32_t l = threadIdx.x % 32; l < topk; l += 32) {
         T sigma = u && !left_out ? T(factor * double(p[at + l]) * (u[ids[l]] - mean)) : T(0);
@@ -85,6 +95,7 @@ __global__ void __launch_bounds__(Size::kThreads)
         alpha[at + l] = view.idw && !left_out ? 2 * exp(list_scores[at + l]) * sigma : sigma;
       }
     }
+  }
 }
 
 // Sub-keys that nobody looked at: next = keep * present, and their gradient of 0 passes the clamp.
@@ -104,14 +115,14 @@ __global__ void __launch_bounds__(Size::kThreads)
 // ------------------------------------------------------------------------------------------------------------ launch
 template <typename T>
 struct KeyWrite {
-  const T* sub_keys;                     // (H, 2, P, K/2) that the chunk was read with
+  const T* sub_keys;                     // (memories, H, 2, P, K/2) that the chunk was read with
   T* to;                                 // elsewhere
-  uint8_t* open;                         // (H, 2, P, (K/2 + 7) / 8), or null
-  T* loss;                               // addressing loss of the write
+  uint8_t* open;                         // (memories, H, 2, P, (K/2 + 7) / 8), or null
+  T* loss;                               // (memories): addressing loss of the write
   const int32_t *list_indices, *places;  // (m, H, 2, R), (m, H, R)
   const T *list_scores, *memory_terms;   // (m, H, 2, R); (m, H, R) or null
   T *p, *alpha;                          // (m, H, 2, R): workspace
-  double *mean, *slope;                  // (2, P): workspace
+  double *mean, *slope;                  // (memories, 2, P): workspace
   T* scratch;                            // column_sums_scratch(entries, 2H, K/2)
   unsigned* error_word;
 };
@@ -128,7 +139,7 @@ cudaError_t write_keys(const ScanView<T>& view, const Chunk& chunk, const Ordere
     error = address_chunk<Size>(view, chunk, lists, w.list_indices, w.list_scores, w.p, w.mean, w.slope,
                                 static_cast<double*>(nullptr), w.loss, stream);
   else
-    error = fill<Size>(w.loss, 1, T(0), stream);
+    error = fill<Size>(w.loss, view.memories.count, T(0), stream);
   if (error == cudaSuccess && heads)
     error = simt::launch(key_steps<Size, T>, blocks_for<Size>(heads, Size::kThreads / 32), Size::kThreads, stream, view,
                          chunk, w.list_indices, w.list_scores, w.p, addressed ? w.slope : nullptr, w.places,
@@ -139,7 +150,7 @@ cudaError_t write_keys(const ScanView<T>& view, const Chunk& chunk, const Ordere
   if (error != cudaSuccess) return error;
   const NewKeys<T> output{view, w.sub_keys, w.to, w.open, w.error_word};
   const auto sums = [&](const auto& terms) {
-    return column_sums<Size>(lists, terms, output, 2 * view.heads, view.topk, half, w.scratch, aligned, stream);
+    return sums_by_key<Size>(view, lists, terms, output, w.scratch, aligned, stream);
   };
   return view.idw ? sums(QueryTerms<T, true>{view, chunk, w.alpha, w.sub_keys})
                   : sums(QueryTerms<T, false>{view, chunk, w.alpha, w.sub_keys});

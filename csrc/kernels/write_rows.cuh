@@ -12,11 +12,10 @@
 
 namespace fwpkm::kernels {
 
-// kappa: known to the host, or a number per masked-in pair, counted on the device.
+// kappa as the host knows it, or `by_mask`: H*R times the part of a memory's pairs that the mask keeps.
 struct WriteScale {
-  double constant, per_pair;
-  const int32_t* pairs;  // or null
-  __device__ double value() const { return pairs ? per_pair * double(*pairs) : constant; }
+  double constant;
+  bool by_mask;
 };
 
 // The sum over a slot's reads of a e. Entry i is read i % (H*R) of token i / (H*R).
@@ -38,7 +37,7 @@ template <typename T>
 struct NewRows {
   ScanView<T> view;
   Versions<T> versions;
-  const int32_t* newest;  // (S), or null in place
+  const int32_t* newest;  // (memories, S), or null in place
   int64_t writes;         // of this scan, with this one
   const T* gamma;         // by the place where a list begins
   T* to;                  // places of the chunk in the log, or the memory
@@ -96,27 +95,40 @@ __global__ void __launch_bounds__(Size::kThreads)
   }
 }
 
-// gamma of each list, at the place where it begins. counts: of count_reads, or null if all reads count.
+// gamma of each list, at the place where it begins. counts: of count_reads, or null if all reads count. kept_pairs: of
+// count_pairs, or null if kappa is `constant`.
 template <typename Size, typename T>
 __global__ void __launch_bounds__(Size::kThreads)
-    step_sizes(OrderedLists lists, const int32_t* __restrict__ counts, WriteScale scale, T* __restrict__ gamma) {
+    step_sizes(OrderedLists lists, ScanView<T> view, Chunk chunk, const int32_t* __restrict__ counts, double constant,
+               const int32_t* __restrict__ kept_pairs, T* __restrict__ gamma) {
   const int64_t step = int64_t(gridDim.x) * Size::kThreads;
   for (int64_t p = int64_t(blockIdx.x) * Size::kThreads + threadIdx.x; p < lists.n; p += step) {
-    if (lists.begin[p] != p) continue;
+    if (lists.begin[p] != p || lists.key[p] == lists.num_keys) continue;
     const int32_t count = counts ? counts[p] : end_of_list(lists, lists.key[p], int32_t(p)) - int32_t(p);
-    gamma[p] = T(scale.value() / double(count > 1 ? count : 1));
+    double kappa = constant;
+    if (kept_pairs) {
+      const uint32_t memory = uint32_t(lists.key[p]) / uint32_t(view.num_slots);
+      kappa = double(view.reads()) / double(view.pairs_of(chunk, memory)) * double(kept_pairs[memory]);
+    }
+    gamma[p] = T(kappa / double(count > 1 ? count : 1));
   }
 }
 
-// How many pairs the mask keeps.
+// How many pairs of each memory the mask keeps.
 template <typename Size, typename T>
-__global__ void __launch_bounds__(Size::kThreads) count_pairs(ScanView<T> view, Chunk chunk, int32_t* pairs) {
+__global__ void __launch_bounds__(Size::kThreads) count_pairs(ScanView<T> view, Chunk chunk, int32_t* kept_pairs) {
   const int64_t step = int64_t(gridDim.x) * Size::kThreads;
   int kept = 0;
-  for (int64_t i = int64_t(blockIdx.x) * Size::kThreads + threadIdx.x; i < view.pairs(chunk); i += step)
-    kept += view.mask[i / chunk.pairs * view.length + chunk.first + i % chunk.pairs] != 0;
+  for (int64_t i = int64_t(blockIdx.x) * Size::kThreads + threadIdx.x; i < view.pairs(chunk); i += step) {
+    const int64_t b = i / chunk.pairs;
+    if (!view.mask[b * view.length + chunk.first + i % chunk.pairs]) continue;
+    if (view.memories.of_row)
+      atomicAdd(&kept_pairs[view.memories.of_row[b]], 1);
+    else
+      ++kept;
+  }
   kept = inclusive_sum(kept, threadIdx.x % 32);
-  if (threadIdx.x % 32 == 31 && kept) atomicAdd(pairs, kept);
+  if (threadIdx.x % 32 == 31 && kept) atomicAdd(kept_pairs, kept);
 }
 
 // After the rows: moves the pointers to them, and clears the places of the chunk that have none. One warp per place.
@@ -175,25 +187,26 @@ __global__ void __launch_bounds__(Size::kThreads) decay(T* __restrict__ p, int64
 }
 
 // ------------------------------------------------------------------------------------------------------------ launch
-// gamma of every list of a chunk's reads. counts (n), pairs (1): workspace; `scale` as the host knows it.
+// gamma of every list of a chunk's reads. counts (n), kept_pairs (memories): workspace.
 template <typename Size = LaunchSize, typename T>
-cudaError_t list_step_sizes(const OrderedLists& lists, const ScanView<T>& view, const Chunk& chunk, double constant,
-                            double per_pair, int32_t* counts, int32_t* pairs, T* gamma, cudaStream_t stream) {
+cudaError_t list_step_sizes(const OrderedLists& lists, const ScanView<T>& view, const Chunk& chunk,
+                            const WriteScale& scale, int32_t* counts, int32_t* kept_pairs, T* gamma,
+                            cudaStream_t stream) {
   if (lists.n == 0) return cudaSuccess;
   const unsigned blocks = blocks_for<Size>(lists.n, Size::kThreads);
-  const bool count_pairs_kept = per_pair != 0 && view.mask && view.pairs(chunk) > 0;
+  if (!scale.by_mask) kept_pairs = nullptr;
   if (chunk.first == chunk.own) counts = nullptr;
   cudaError_t error = cudaSuccess;
   if (counts) error = fill<Size>(counts, lists.n, 0, stream);
   if (counts && error == cudaSuccess)
     error = simt::launch(count_reads<Size, T>, blocks, Size::kThreads, stream, lists, view, chunk, counts);
-  if (count_pairs_kept && error == cudaSuccess) error = fill<Size>(pairs, 1, 0, stream);
-  if (count_pairs_kept && error == cudaSuccess)
+  if (kept_pairs && error == cudaSuccess) error = fill<Size>(kept_pairs, view.memories.count, 0, stream);
+  if (kept_pairs && error == cudaSuccess)
     error = simt::launch(count_pairs<Size, T>, blocks_for<Size>(view.pairs(chunk), Size::kThreads), Size::kThreads,
-                         stream, view, chunk, pairs);
+                         stream, view, chunk, kept_pairs);
   if (error == cudaSuccess)
-    error = simt::launch(step_sizes<Size, T>, blocks, Size::kThreads, stream, lists, counts,
-                         WriteScale{constant, per_pair, count_pairs_kept ? pairs : nullptr}, gamma);
+    error = simt::launch(step_sizes<Size, T>, blocks, Size::kThreads, stream, lists, view, chunk, counts,
+                         scale.constant, kept_pairs, gamma);
   return error;
 }
 

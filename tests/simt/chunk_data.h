@@ -30,6 +30,7 @@ struct Shape {
   int64_t odd = 0;     // one token of so many has a score that is not finite,
   int64_t astray = 0;  // one a target that is not, or in turn a loss weight
   bool large = false;  // keys and values that a decay by more than 1 takes to infinity
+  int64_t memories = 1;
 
   bool carry() const { return boundary != kDrop; }
   int64_t carried() const { return boundary == kCarry ? lookahead : 0; }
@@ -40,8 +41,17 @@ struct Shape {
   int64_t all_pairs() const { return before + pairs() + 1; }
   int64_t m() const { return batch * chunk_tokens(); }
   int64_t reads() const { return heads * topk; }
-  int64_t slots() const { return sub_keys * sub_keys; }
-  int64_t key_rows() const { return heads * 2 * sub_keys; }
+  int64_t slots() const { return sub_keys * sub_keys; }  // of one memory
+  int64_t all_slots() const { return memories * slots(); }
+  int64_t key_rows() const { return memories * heads * 2 * sub_keys; }
+  int64_t table() const { return memories * 2 * sub_keys; }
+  // The memory of batch row b; with several, the first serves no rows.
+  int64_t memory(int64_t b) const { return memories == 1 ? 0 : 1 + b * b % (memories - 1); }
+  int64_t rows_of(int64_t of) const {
+    int64_t rows = 0;
+    for (int64_t b = 0; b < batch; ++b) rows += memory(b) == of;
+    return rows;
+  }
   // The log: earlier writes have as many places as this one, but the first, which has two more.
   int64_t first_places() const { return m() * reads() + (before ? 2 : 0); }
   int64_t first_place() const { return before ? first_places() + (before - 1) * m() * reads() : 0; }
@@ -62,7 +72,7 @@ struct Data {
 
   Buffer<T> query, target, loss_weights, sub_keys, scores, list_scores;
   Buffer<uint8_t> mask;
-  Buffer<int32_t> places;
+  Buffer<int32_t> places, memory_of_row, rows_of_memory;
   // Read and written
   Buffer<T> values, log;
   Buffer<int32_t> newest, new_slots, slots, list_indices;
@@ -83,9 +93,11 @@ struct Data {
         list_scores(2 * m * n),
         mask(s.batch * s.length()),
         places(m * n),
-        values(s.slots() * width, s.offset),
+        memory_of_row(s.batch),
+        rows_of_memory(s.memories),
+        values(s.all_slots() * width, s.offset),
         log(s.places() * width, s.offset),
-        newest(s.in_place ? 0 : s.slots()),
+        newest(s.in_place ? 0 : s.all_slots()),
         new_slots(s.places()),
         slots(m * n),
         list_indices(2 * m * n),
@@ -99,15 +111,15 @@ struct Data {
         p(2 * m * n),
         alpha(2 * m * n),
         new_keys(s.key_rows() * s.half_width, s.offset),
-        loss(1),
+        loss(s.memories),
         good(m),
         open_rows(s.places() * ((width + 7) / 8)),
         open_keys(s.key_rows() * ((s.half_width + 7) / 8)),
         read_from(s.in_place ? 0 : m * n),
         own_indices(s.batch * (s.length() - s.carried()) * n),
-        mean(2 * s.sub_keys),
-        slope(2 * s.sub_keys),
-        curvature(2 * s.sub_keys) {
+        mean(s.table()),
+        slope(s.table()),
+        curvature(s.table()) {
     each(*this, [](const char*, auto& buffer, auto&) { buffer.clear(kUntouched); });
     error.clear(0);
     newest.clear(0);
@@ -115,6 +127,8 @@ struct Data {
     for (auto* buffer : {&query, &target, &loss_weights, &sub_keys, &values, &log})
       for (size_t i = 0; i < buffer->size(); ++i) (*buffer)[i] = T(random.real());
     for (size_t i = 0; i < mask.size(); ++i) mask[i] = uint8_t(random.below(3));
+    for (int64_t b = 0; b < s.batch; ++b) memory_of_row[b] = int32_t(s.memory(b));
+    for (int64_t i = 0; i < s.memories; ++i) rows_of_memory[i] = int32_t(s.rows_of(i));
     if (s.large)
       for (auto* buffer : {&values, &log, &sub_keys})
         for (size_t i = 1; i < buffer->size(); i += 41) (*buffer)[i] = std::numeric_limits<T>::max();
@@ -167,7 +181,7 @@ struct Data {
       const int64_t pair = random.below(s.topk * s.topk), at = i / s.topk * 2 * s.topk;
       const int64_t l0 = at + pair / s.topk, l1 = at + s.topk + pair % s.topk;
       places[i] = int32_t(pair);
-      slots[i] = int32_t(list_indices[l0] * s.sub_keys + list_indices[l1]);
+      slots[i] = int32_t(first_slot(i / n) + list_indices[l0] * s.sub_keys + list_indices[l1]);
       scores[i] = list_scores[l0] + list_scores[l1];
     }
   }
@@ -188,16 +202,20 @@ struct Data {
   bool is_own(int64_t t) const { return position(t) >= s.own(); }
   bool in_pairs(int64_t t) const { return t % s.chunk_tokens() < s.pairs(); }
   bool has_pair(int64_t t) const { return in_pairs(t) && (!s.masked || mask[at(t)]); }
-  // Which list of an entry: its row in (H, 2, P).
+  int64_t memory(int64_t t) const { return s.memory(t / s.chunk_tokens()); }
+  int64_t first_slot(int64_t t) const { return memory(t) * s.slots(); }
+  int64_t pairs_of(int64_t of) const { return s.rows_of(of) * s.pairs(); }
+  // Which list of an entry: its row in (memories, H, 2, P).
   int32_t entry_key(int64_t l) const {
-    return list_indices[l] < 0 ? -1 : int32_t(l / s.topk % (2 * s.heads) * s.sub_keys + list_indices[l]);
+    const int64_t list = l / s.topk, lists = 2 * s.heads, key = list % lists * s.sub_keys + list_indices[l];
+    return list_indices[l] < 0 ? -1 : int32_t(memory(list / lists) * lists * s.sub_keys + key);
   }
   // Its query half, among all of them.
   int64_t query_row(int64_t l) const {
     const int64_t list = l / s.topk;
     return at(list / (2 * s.heads)) * 2 * s.heads + list % (2 * s.heads);
   }
-  int64_t addressed_rows() const { return s.batch * (s.carry() ? s.pairs() : s.chunk_tokens()) * s.heads; }
+  int64_t addressed_rows(int64_t rows) const { return rows * (s.carry() ? s.pairs() : s.chunk_tokens()) * s.heads; }
   int32_t place_of(int32_t slot) const { return s.in_place || slot < 0 ? -1 : newest[slot] - 1; }
   T decayed(T v, int64_t times) const {
     for (int64_t i = 0; i < times && s.keep != 1; ++i) v *= T(s.keep);
@@ -236,7 +254,8 @@ struct Data {
             .lr = T(s.lr),
             .keep = T(s.keep),
             .grad_clip = T(s.clip),
-            .addressing_weight = s.addressing_weight};
+            .addressing_weight = s.addressing_weight,
+            .memories = s.memories == 1 ? Memories{} : Memories{s.memories, memory_of_row.get(), rows_of_memory.get()}};
   }
   Versions<T> versions() const {
     return {values.get(), s.in_place ? nullptr : log.get(), width, s.first_places(), m * n, s.keep != 1};

@@ -40,7 +40,7 @@ template <typename T>
 struct Backward : Data<T> {
   using Data<T>::s, Data<T>::n, Data<T>::m, Data<T>::width, Data<T>::each;
   BackwardShape b;
-  int64_t all_reads = s.first_place() + m * n, rows = s.slots() + (b.row_is_slot ? 0 : all_reads);
+  int64_t all_reads = s.first_place() + m * n, rows = s.all_slots() + (b.row_is_slot ? 0 : all_reads);
 
   Buffer<int32_t> saved_indices;
   Buffer<T> gamma, dout, dweights, dlosses, daddressing, dnew_rows;
@@ -63,9 +63,9 @@ struct Backward : Data<T> {
         dout(s.batch * (s.length() - s.carried()) * width, s.offset),
         dweights(s.batch * (s.length() - s.carried()) * n),
         dlosses(s.batch * s.all_pairs()),
-        daddressing(1),
+        daddressing(s.memories),
         dnew_rows(s.places() * width, s.offset),
-        row_of(s.slots()),
+        row_of(s.all_slots()),
         states(rows),
         gradient_rows(rows * width, s.offset),
         dquery(this->query.size(), s.offset),
@@ -94,10 +94,10 @@ struct Backward : Data<T> {
       for (size_t i = 0; i < buffer->size(); ++i) (*buffer)[i] = uint8_t(random.below(256));
     for (int64_t i = 0; i < m * n; ++i) this->read_from[i] = -1;
     for (int64_t i = 0; i < m * n; ++i) save(i);
-    for (int64_t i = 0; i < all_reads; ++i) slots_of_call[i] = random.below(s.slots());
-    for (int64_t slot = 0; slot < s.slots() && b.writes; ++slot) {
+    for (int64_t i = 0; i < all_reads; ++i) slots_of_call[i] = random.below(s.all_slots());
+    for (int64_t slot = 0; slot < s.all_slots() && b.writes; ++slot) {
       if (random.below(2)) continue;
-      const int64_t row = slot + rows - s.slots();
+      const int64_t row = slot + rows - s.all_slots();
       row_of[slot] = int32_t(row) + 1;
       states[row] = {int32_t(all_reads + slot), int32_t(s.before + 1 + random.below(3)), random.below(2) != 0};
       for (int64_t c = 0; c < width; ++c) gradient_rows[row * width + c] = T(random.real());
@@ -123,7 +123,8 @@ struct Backward : Data<T> {
     const int64_t list = i / s.topk * 2 * s.topk, place = this->places[i];
     const int32_t j0 = this->list_indices[list + place / s.topk],
                   j1 = this->list_indices[list + s.topk + place % s.topk];
-    if (j0 >= 0 && j1 >= 0) this->read_from[i] = this->place_of(int32_t(j0 * s.sub_keys + j1));
+    const int64_t first = this->first_slot(i / n);
+    if (j0 >= 0 && j1 >= 0) this->read_from[i] = this->place_of(int32_t(first + j0 * s.sub_keys + j1));
   }
 
   template <typename F>
@@ -155,7 +156,7 @@ struct Backward : Data<T> {
   bool through() const { return b.through && b.writes; }
   bool second_order() const { return through() && memory_moved_keys(); }
   bool addressed() const {
-    return b.writes && s.addressing_weight != 0 && this->addressed_rows() > 0 && (through() || b.given);
+    return b.writes && s.addressing_weight != 0 && this->addressed_rows(s.batch) > 0 && (through() || b.given);
   }
   const uint8_t* open() const { return s.clip < 0 ? nullptr : this->open_rows.get(); }
   bool left_out(int64_t t) const { return this->list_indices[2 * t * n] < 0; }
@@ -183,7 +184,8 @@ void plain_check(Backward<T>& x) {
     for (int64_t r = 0; r < n; ++r) {
       const int64_t list = r / s.topk * 2 * s.topk, place = x.places[t * n + r];
       const int64_t slot =
-          valid ? ids[list + place / s.topk] * s.sub_keys + ids[list + s.topk + place % s.topk] : int64_t(-1);
+          valid ? x.first_slot(t) + ids[list + place / s.topk] * s.sub_keys + ids[list + s.topk + place % s.topk]
+                : int64_t(-1);
       x.slots[t * n + r] = int32_t(slot);
       if (x.b.wanted) x.slots_of_call[s.first_place() + t * n + r] = valid ? slot : 0;
     }
@@ -195,7 +197,7 @@ void plain_rows_after_write(Backward<T>& x) {
   const Shape& s = x.s;
   const ListTable lists = slot_lists(x);
   int32_t p = 0;
-  for (int64_t slot = 0; slot < s.slots(); p += int32_t(lists[slot++].size())) {
+  for (int64_t slot = 0; slot < s.all_slots(); p += int32_t(lists[slot++].size())) {
     const auto& list = lists[slot];
     if (list.empty()) continue;
     for (const int32_t i : list) x.list_of[i] = p;
@@ -275,9 +277,9 @@ template <typename Size, typename T>
 void plain_tokens(Backward<T>& x) {
   const Shape& s = x.s;
   const int64_t n = x.n, width = x.width, bytes = (width + 7) / 8;
-  const T scale = T(s.batch * s.pairs()) * T(width);
   for (int64_t t = 0; t < x.m; ++t) {
     if (x.left_out(t)) continue;
+    const T scale = T(x.pairs_of(x.memory(t))) * T(width);
     T *const z = &x.scores[t * n], *const directions = &x.read_directions[t * n], *const y = &x.y[t * n];
     const auto list_sum = [&](const Buffer<T>& entries, int64_t i) {
       const int64_t list = i / s.topk * 2 * s.topk, place = x.places[i];
@@ -379,15 +381,17 @@ void plain_directions(Backward<T>& x) {
   }
 }
 
-// sum over the entries of the keys i, i + apart, ..., as sum_entries of addressing.cuh
+// sum_entries of addressing.cuh
 template <typename Size, typename T>
-void plain_sums(Backward<T>& x, const Buffer<T>& entries, int64_t apart, double scale) {
+void plain_sums(Backward<T>& x, const Buffer<T>& entries, bool by_half, double factor) {
   const ListTable lists = key_lists(x);
-  for (int64_t i = 0; i < apart; ++i) {
+  const int64_t keys = x.s.heads * 2 * x.s.sub_keys, apart = by_half ? 2 * x.s.sub_keys : keys;
+  for (int64_t i = 0; i < x.s.memories * apart; ++i) {
+    const int64_t memory = i / apart, rows = by_half ? x.addressed_rows(x.s.rows_of(memory)) : 1;
     std::vector<double> threads(Size::kThreads);
-    for (int64_t key = i; key < int64_t(lists.size()); key += apart)
+    for (int64_t key = memory * keys + i % apart; key < (memory + 1) * keys; key += apart)
       for (size_t j = 0; j < lists[key].size(); ++j) threads[j % Size::kThreads] += double(entries[lists[key][j]]);
-    x.sum[i] = scale * block_sum(threads);
+    x.sum[i] = (rows ? factor / double(rows) : 0) * block_sum(threads);
   }
 }
 
@@ -395,7 +399,6 @@ template <typename Size, typename T>
 void plain_key_gradients(Backward<T>& x) {
   const Shape& s = x.s;
   const int64_t topk = s.topk, half = s.half_width, lists = 2 * x.m * s.heads;
-  const double rows = double(x.addressed_rows()), factor = s.addressing_weight / rows;
   if (lists == 0) return;
   if (x.addressed()) plain_address<Size>(x), x.loss.clear(kUntouched);
   const auto lane_sum = [&](auto zero, int64_t at, const auto& f) {  // of P f
@@ -408,12 +411,14 @@ void plain_key_gradients(Backward<T>& x) {
   };
   if (x.addressed() && x.through()) {
     for (int64_t l = 0; l < lists * topk; ++l) x.beta[l] = x.p[l] * (x.directions[l] - mean_direction(l / topk * topk));
-    plain_sums<Size>(x, x.beta, 2 * s.sub_keys, factor);
+    plain_sums<Size>(x, x.beta, true, s.addressing_weight);
   }
   for (int64_t list = 0; list < lists; ++list) {
     const int64_t at = list * topk, reads = list / 2 * topk;
     const bool left_out = x.left_out(list / (2 * s.heads));
-    const auto j = [&](int64_t l) { return list % 2 * s.sub_keys + x.list_indices[at + l]; };
+    const int64_t memory = x.memory(list / (2 * s.heads));
+    const double rows = double(x.addressed_rows(s.rows_of(memory))), factor = s.addressing_weight / rows;
+    const auto j = [&](int64_t l) { return (2 * memory + list % 2) * s.sub_keys + x.list_indices[at + l]; };
     const bool addressed = x.addressed() && !left_out;
     const double mean_u = addressed ? lane_sum(0.0, at, [&](int64_t l) { return x.slope[j(l)]; }) : 0;
     const T mean_t = addressed && x.through() ? mean_direction(at) : T(0);
@@ -427,8 +432,8 @@ void plain_key_gradients(Backward<T>& x) {
       if (addressed) {
         const double p = double(x.p[at + l]), sigma_a = factor * p * (x.slope[j(l)] - mean_u);
         sigma = T(sigma_a);
-        dsub =
-            T(std::fma(x.b.given ? double(x.daddressing[0]) : 0.0, sigma_a, x.through() ? p * (dp(l) - mean_dp) : 0.0));
+        dsub = T(std::fma(x.b.given ? double(x.daddressing[memory]) : 0.0, sigma_a,
+                          x.through() ? p * (dp(l) - mean_dp) : 0.0));
       }
       for (int64_t r = reads; r < reads + topk; ++r) {
         if ((list % 2 == 0 ? x.places[r] / topk : x.places[r] % topk) != l) continue;
@@ -455,7 +460,7 @@ void plain_key_gradients(Backward<T>& x) {
       if (x.through()) dq += through;
     }
   }
-  if (s.idw && x.through()) plain_sums<Size>(x, x.alpha, s.key_rows(), 1.0);
+  if (s.idw && x.through()) plain_sums<Size>(x, x.alpha, false, 1.0);
   const ListTable table = key_lists(x);
   for (int64_t key = 0; key < s.key_rows(); ++key)
     for (int64_t c = 0; c < half && !table[key].empty(); ++c) {

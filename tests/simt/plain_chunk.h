@@ -56,7 +56,7 @@ ListTable list_table(int64_t n, int64_t num_keys, const F& key) {
 }
 template <typename T>
 ListTable slot_lists(const Data<T>& d) {
-  return list_table(d.m * d.n, d.s.slots(), [&](int64_t i) { return d.slots[i]; });
+  return list_table(d.m * d.n, d.s.all_slots(), [&](int64_t i) { return d.slots[i]; });
 }
 template <typename T>
 ListTable key_lists(const Data<T>& d) {
@@ -128,7 +128,7 @@ void plain_read(Data<T>& d) {
     if (d.is_own(t)) {
       const int64_t row = t / s.chunk_tokens() * outputs + d.position(t) - s.carried();
       std::copy(out.begin(), out.end(), &d.out[row * width]);
-      std::copy_n(slots, n, &d.own_indices[row * n]);
+      for (int64_t r = 0; r < n; ++r) d.own_indices[row * n + r] = odd ? -1 : int32_t(slots[r] - d.first_slot(t));
       std::copy_n(a.begin(), n, &d.own_weights[row * n]);
     }
     if (s.values_only) continue;
@@ -141,7 +141,7 @@ void plain_read(Data<T>& d) {
         T& sum = lanes[c / d.kPack % 32];
         sum = std::fma(element(r, c), d.errors[t * width + c], sum);
       }
-      terms[r] = warp_sum(lanes) / (T(s.batch * s.pairs()) * T(width));
+      terms[r] = warp_sum(lanes) / (T(d.pairs_of(d.memory(t))) * T(width));
     }
     plain_through_weights(s.activation, d.kTemperature, a, z, terms);
   }
@@ -174,13 +174,10 @@ void decay_or_keep(Data<T>& d, T& x, int64_t times) {
   if (std::isfinite(v)) x = v;
 }
 
-template <typename T>
-double kappa(const Data<T>& d, bool per_pair) {  // of gamma; per_pair: of one that the mask keeps
-  const Shape& s = d.s;
-  const double pairs = double(s.batch * s.pairs());
-  if (pairs == 0 || per_pair != (s.release && s.masked)) return 0;
-  if (!s.release) return 1;
-  return per_pair ? double(d.n) / pairs : double(s.batch * s.tokens) / pairs * double(d.n);
+// Of gamma, if the mask does not matter.
+inline double kappa(const Shape& s) {
+  if (s.batch * s.pairs() == 0) return 0;
+  return s.release ? double(s.batch * s.tokens) / double(s.batch * s.pairs()) * double(s.reads()) : 1;
 }
 
 template <typename Size, typename T>
@@ -189,19 +186,20 @@ void plain_rows(Data<T>& d) {
   const int64_t n = d.n, width = d.width, bytes = (width + 7) / 8;
   if (s.in_place && s.keep != 1)
     for (size_t i = 0; i < d.values.size(); ++i) decay_or_keep(d, d.values[i], 1);
-  double scale = kappa(d, false), kept = 0;
-  for (int64_t t = 0; t < d.m; ++t) kept += d.has_pair(t);
-  if (s.release && s.masked) scale = kappa(d, true) * kept;
+  std::vector<double> scale(s.memories, kappa(s)), kept(s.memories);
+  for (int64_t t = 0; t < d.m; ++t) kept[d.memory(t)] += d.has_pair(t);
+  for (int64_t i = 0; i < s.memories && s.release && s.masked && s.pairs(); ++i)
+    scale[i] = double(n) / double(d.pairs_of(i)) * kept[i];
   for (int64_t e = s.first_place(); e < s.places(); ++e) {
     d.new_slots[e] = -1;
     std::fill_n(&d.log[e * width], width, T(0));
   }
   const ListTable lists = slot_lists(d);
-  for (int64_t slot = 0; slot < s.slots(); ++slot) {
+  for (int64_t slot = 0; slot < s.all_slots(); ++slot) {
     const auto& list = lists[slot];
     if (list.empty()) continue;
     const int64_t own = std::count_if(list.begin(), list.end(), [&](int32_t i) { return d.is_own(i / n); });
-    const T gamma = T(scale / double(std::max<int64_t>(own, 1)));
+    const T gamma = T(scale[slot / s.slots()] / double(std::max<int64_t>(own, 1)));
     const int64_t old = d.place_of(int32_t(slot)), place = s.first_place() + list[0];
     for (int64_t c = 0; c < width; c += d.kPack)
       plain_step(
@@ -227,7 +225,7 @@ void plain_rows(Data<T>& d) {
 template <typename Size, typename T>
 void plain_address(Data<T>& d) {
   const Shape& s = d.s;
-  const int64_t table = 2 * s.sub_keys, rows = d.addressed_rows();
+  const int64_t table = 2 * s.sub_keys;
   for (int64_t l = 0; l < 2 * d.m * d.n; l += s.topk) {
     const T* const z = &d.list_scores[l];
     const bool counts = d.list_indices[l] >= 0 && (!s.carry() || d.in_pairs(l / (2 * d.n)));
@@ -235,34 +233,38 @@ void plain_address(Data<T>& d) {
     for (int64_t i = 0; i < s.topk; ++i) d.p[l + i] = counts ? std::exp(z[i] - z[0]) / sum : T(0);
   }
   const ListTable lists = key_lists(d);
-  std::vector<double> terms(Size::kThreads);
-  for (int64_t i = 0; i < table; ++i) {
-    std::vector<double> threads(Size::kThreads);
-    for (int64_t key = i; key < s.key_rows(); key += table)
-      for (size_t j = 0; j < lists[key].size(); ++j) threads[j % Size::kThreads] += double(d.p[lists[key][j]]);
-    const double mean = (rows ? 1 / double(rows) : 0) * block_sum(threads), floored = mean + kLogFloor;
-    d.mean[i] = mean;
-    d.slope[i] = std::log(floored) + mean / floored;
-    d.curvature[i] = 1 / floored + kLogFloor / (floored * floored);
-    double& sum = terms[i % Size::kThreads];
-    sum = std::fma(mean, std::log(floored), sum);
+  for (int64_t memory = 0; memory < s.memories; ++memory) {
+    std::vector<double> terms(Size::kThreads);
+    const int64_t rows = d.addressed_rows(s.rows_of(memory));
+    for (int64_t i = memory * table; i < (memory + 1) * table; ++i) {
+      std::vector<double> threads(Size::kThreads);
+      for (int64_t h = 0, key = (memory * s.heads * 2 * s.sub_keys) + i % table; h < s.heads; ++h, key += table)
+        for (size_t j = 0; j < lists[key].size(); ++j) threads[j % Size::kThreads] += double(d.p[lists[key][j]]);
+      const double mean = (rows ? 1 / double(rows) : 0) * block_sum(threads), floored = mean + kLogFloor;
+      d.mean[i] = mean;
+      d.slope[i] = std::log(floored) + mean / floored;
+      d.curvature[i] = 1 / floored + kLogFloor / (floored * floored);
+      double& sum = terms[i % table % Size::kThreads];
+      sum = std::fma(mean, std::log(floored), sum);
+    }
+    d.loss[memory] = T(s.addressing_weight * block_sum(terms));
   }
-  d.loss[0] = T(s.addressing_weight * block_sum(terms));
 }
 
 template <typename Size, typename T>
 void plain_keys(Data<T>& d) {
   const Shape& s = d.s;
   const bool addressed = s.addressing_weight != 0;
-  const int64_t rows = d.addressed_rows(), half = s.half_width;
-  d.loss[0] = 0;
+  const int64_t half = s.half_width;
+  for (int64_t i = 0; i < s.memories; ++i) d.loss[i] = 0;
   if (addressed) plain_address<Size>(d);
   d.curvature.clear(kUntouched);
   for (int64_t list = 0; list < 2 * d.m * s.heads; ++list) {
     const int64_t at = list * s.topk, reads = list / 2 * s.topk;
     const int32_t* const ids = &d.list_indices[at];
     const bool left_out = ids[0] < 0;
-    const auto slope = [&](int64_t l) { return d.slope[list % 2 * s.sub_keys + ids[l]]; };
+    const int64_t memory = d.memory(list / (2 * s.heads)), rows = d.addressed_rows(s.rows_of(memory));
+    const auto slope = [&](int64_t l) { return d.slope[(2 * memory + list % 2) * s.sub_keys + ids[l]]; };
     double lanes[32] = {};
     for (int64_t l = 0; l < s.topk && addressed && !left_out; ++l)
       lanes[l % 32] = std::fma(double(d.p[at + l]), slope(l), lanes[l % 32]);

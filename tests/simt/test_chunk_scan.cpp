@@ -39,15 +39,16 @@ cudaError_t run_rows(Data<T>& d) {
   const Shape& s = d.s;
   const int32_t reads = int32_t(d.m * d.n);
   const Lists lists(slot_lists(d), reads);
-  Buffer<int32_t> counts(reads), pairs(1);
+  Buffer<int32_t> counts(reads), kept_pairs(s.memories);
   Buffer<T> gamma(reads), scratch(ordered_sums_scratch(reads, d.width));
   unsigned* const error_word = d.error.get();
   const auto each = [](int64_t items, int64_t per_block) { return blocks_for<Size>(items, per_block); };
   if (s.in_place && s.keep != 1)
     simt::launch(decay<Size, T>, each(d.values.size(), Size::kThreads), Size::kThreads, nullptr, d.values.get(),
                  d.values.size(), T(s.keep), error_word);
-  cudaError_t error = list_step_sizes<Size>(lists, d.view(), d.chunk(), kappa(d, false), kappa(d, true), counts.get(),
-                                            pairs.get(), gamma.get(), nullptr);
+  const WriteScale scale{kappa(s), s.release && s.masked && s.batch * s.pairs() > 0};
+  cudaError_t error =
+      list_step_sizes<Size>(lists, d.view(), d.chunk(), scale, counts.get(), kept_pairs.get(), gamma.get(), nullptr);
   const NewRows<T> output{
       .view = d.view(),
       .versions = d.versions(),
@@ -81,7 +82,7 @@ template <typename Size, typename T>
 cudaError_t run_keys(Data<T>& d) {
   const Shape& s = d.s;
   const int32_t entries = int32_t(2 * d.m * d.n);
-  const EntryKeys keys{d.list_indices.get(), uint32_t(s.topk), uint32_t(2 * s.heads), uint32_t(s.sub_keys)};
+  const EntryKeys<T> keys{d.view(), d.chunk(), d.list_indices.get()};
   for (int32_t l = 0; l < entries; ++l)
     if (keys[l] != d.entry_key(l)) return cudaErrorUnknown;
   Buffer<T> scratch(column_sums_scratch<T, Size>(entries, 2 * s.heads, s.half_width));
@@ -173,6 +174,12 @@ const Register kCases({
     {"read_astray_silu",
      [] { return read<Small, double>({.gated = false, .activation = kSilu, .keep = 0.9, .astray = 3}); }},
     {"read_large", [] { return read<Small, float>({.activation = kRelu, .keep = 1.5, .large = kYes}); }},
+    {"read_memories",
+     [] {
+       return read<Small, float>({.batch = 5, .before = 1, .masked = kYes, .keep = 0.9, .odd = 4, .memories = 3});
+     }},
+    {"read_memories_in_place",
+     [] { return read<Small, double>({.batch = 4, .boundary = kCarry, .in_place = kYes, .memories = 4}); }},
     {"small_read", [] { return read<OneBlock, float>({.width = 136, .tokens = 3, .masked = kYes, .odd = 5}); }},
 
     {"rows_float", [] { return rows<Normal, float>({.width = 136, .tokens = 8}); }},
@@ -213,12 +220,25 @@ const Register kCases({
                                    .boundary = kCarry,
                                    .odd = 6});
      }},
+    {"rows_memories",
+     [] { return rows<Small, float>({.batch = 5, .before = 1, .keep = 0.9, .clip = 0.1, .odd = 4, .memories = 3}); }},
+    {"rows_memories_release_mask",
+     [] { return rows<Small, double>({.batch = 5, .tokens = 20, .masked = kYes, .release = kYes, .memories = 3}); }},
+    {"rows_memories_in_place",
+     [] {
+       return rows<Small, float>(
+           {.batch = 4, .boundary = kCarry, .in_place = kYes, .release = kYes, .keep = 0.9, .memories = 4});
+     }},
     {"small_rows", [] { return rows<OneBlock, float>({.batch = 1, .tokens = 3, .clip = 0.1}); }},
 
     {"address_float", [] { return address<Normal, float>({}); }},
     {"address_double", [] { return address<Small, double>({.heads = 3, .topk = 40, .sub_keys = 41, .tokens = 2}); }},
     {"address_carry", [] { return address<Small, float>({.heads = 2, .lookahead = 2, .boundary = kCarry, .odd = 3}); }},
     {"address_no_tokens", [] { return address<Small, float>({.batch = 0}); }},
+    {"address_memories",
+     [] { return address<Small, float>({.heads = 2, .batch = 5, .boundary = kCarry, .odd = 3, .memories = 3}); }},
+    {"small_address_memories",
+     [] { return address<OneBlock, double>({.topk = 2, .sub_keys = 2, .batch = 3, .tokens = 12, .memories = 3}); }},
     {"small_address", [] { return address<OneBlock, float>({.topk = 2, .sub_keys = 2, .batch = 1, .tokens = 40}); }},
 
     {"keys_float", [] { return keys<Normal, float>({.half_width = 136, .batch = 1}); }},
@@ -278,6 +298,17 @@ const Register kCases({
      }},
     {"keys_columns_overflow",
      [] { return keys<Shared<Small>, float>({.topk = 4, .half_width = 12, .lr = 3e38, .addressing_weight = 100}); }},
+    {"keys_memories",
+     [] {
+       return keys<Small, float>(
+           {.heads = 2, .half_width = 8, .batch = 5, .idw = kYes, .keep = 0.9, .clip = 1e-3, .memories = 3});
+     }},
+    {"keys_memories_columns",
+     [] {
+       return keys<Shared<Small>, float>({.heads = 2, .topk = 4, .half_width = 8, .batch = 5, .odd = 4, .memories = 3});
+     }},
+    {"keys_memories_no_addressing",
+     [] { return keys<Small, double>({.batch = 3, .idw = kYes, .addressing_weight = 0, .memories = 3}); }},
     {"keys_hot",
      [] {
        return keys<Small, float>({.topk = 1,

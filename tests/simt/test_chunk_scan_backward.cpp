@@ -185,6 +185,7 @@ const Shape kShifted{.width = 136, .keep = 0.9, .clip = 1, .offset = 1};
 const Shape kCarried{.heads = 2, .tokens = 5, .lookahead = 3, .boundary = kCarry, .masked = kYes};
 const Shape kTail{.lookahead = 7, .keep = 0.9};
 const Shape kOdd{.heads = 3, .width = 136, .idw = kYes, .odd = 3, .astray = 2};
+const Shape kMemories{.heads = 2, .batch = 5, .idw = kYes, .masked = kYes, .keep = 0.9, .odd = 4, .memories = 3};
 const Shape kTiny{.width = 136, .batch = 1, .tokens = 3};
 
 const Register kCases({
@@ -192,6 +193,7 @@ const Register kCases({
     {"backward_check_wanted", [] { return check<Small, double>({.s = {.topk = 12, .sub_keys = 12}, .wanted = kYes}); }},
     {"backward_check_broken",
      [] { return check<Small, float>({.s = {.heads = 2, .tokens = 9}, .wanted = kYes, .broken = kYes}); }},
+    {"backward_check_memories", [] { return check<Small, float>({.s = kMemories, .wanted = kYes, .broken = kYes}); }},
     {"backward_check_no_tokens", [] { return check<Small, float>({.s = {.batch = 0}}); }},
 
     {"after_write", [] { return after_write<Normal, float>({.s = {.width = 136}}); }},
@@ -202,6 +204,7 @@ const Register kCases({
     {"after_write_no_decay", [] { return after_write<Small, float>({.given = false, .wanted = kYes}); }},
     {"after_write_tail", [] { return after_write<Small, float>({.s = kTail, .writes = false}); }},
     {"after_write_odd", [] { return after_write<Small, float>({.s = kOdd, .row_is_slot = false}); }},
+    {"after_write_memories", [] { return after_write<Small, float>({.s = kMemories, .row_is_slot = false}); }},
     {"after_write_no_tokens", [] { return after_write<Small, float>({.s = {.batch = 0}}); }},
     {"small_after_write", [] { return after_write<OneBlock, float>({.s = {.width = 136, .keep = 0.9}}); }},
 
@@ -227,6 +230,7 @@ const Register kCases({
     {"tokens_nothing_given", [] { return tokens<Small, float>({.s = {.keep = 0.9}, .given = false}); }},
     {"tokens_odd", [] { return tokens<Small, float>({.s = kOdd}); }},
     {"tokens_broken", [] { return tokens<Small, double>({.s = {.tokens = 9}, .broken = kYes}); }},
+    {"tokens_memories", [] { return tokens<Small, float>({.s = kMemories}); }},
     {"tokens_no_tokens", [] { return tokens<Small, float>({.s = {.batch = 0}}); }},
     {"small_tokens", [] { return tokens<OneBlock, float>({.s = kTiny}); }},
     {"small_tokens_double", [] { return tokens<OneBlock, double>({.s = kTiny}); }},
@@ -240,12 +244,15 @@ const Register kCases({
     {"add_reads_odd", [] { return add<Small, double>({.s = kOdd, .wanted = kYes}); }},
     {"small_add_reads", [] { return add<OneBlock, float>({.s = kTiny, .wanted = kYes}); }},
 
+    {"add_reads_memories", [] { return add<Small, float>({.s = kMemories, .wanted = kYes}); }},
+
     {"rows_of_reads", [] { return of_reads<Normal, float>({.s = {.width = 136}, .wanted = kYes}); }},
     {"rows_of_reads_double",
      [] { return of_reads<Small, double>({.s = {.keep = 0.9}, .wanted = kYes, .row_is_slot = false}); }},
     {"rows_of_reads_shifted", [] { return of_reads<Small, float>({.s = kShifted, .wanted = kYes}); }},
     {"rows_of_reads_odd", [] { return of_reads<Small, float>({.s = kOdd, .wanted = kYes}); }},
 
+    {"directions_memories", [] { return directions<Small, float>({.s = kMemories}); }},
     {"directions_float", [] { return directions<Normal, float>({.s = {.half_width = 136, .batch = 1}}); }},
     {"directions_idw", [] { return directions<Small, double>({.s = {.heads = 2, .half_width = 7, .idw = kYes}}); }},
     {"directions_clipped", [] { return directions<Small, float>({.s = {.half_width = 8, .keep = 0.9, .clip = 1}}); }},
@@ -288,6 +295,12 @@ const Register kCases({
     {"small_directions",
      [] {
        return directions<Shared<OneBlock, 8>, float>({.s = {.topk = 4, .half_width = 36, .tokens = 8, .idw = kYes}});
+     }},
+    {"key_gradients_memories", [] { return keys<Small, float>({.s = kMemories}); }},
+    {"key_gradients_memories_columns",
+     [] {
+       return keys<Shared<Small>, float>(
+           {.s = {.heads = 2, .topk = 4, .half_width = 8, .batch = 5, .boundary = kCarry, .memories = 3}});
      }},
     {"key_gradients_float", [] { return keys<Normal, float>({.s = {.half_width = 136, .batch = 1}}); }},
     {"key_gradients_double",

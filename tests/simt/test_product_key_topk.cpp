@@ -35,10 +35,13 @@ struct Shape {
   bool places = true;
   int filtered = -1;    // 1: the filter leaves nothing over; 0: it leaves something over
   int64_t invalid = 0;  // every invalid-th slot of a backward is out of range
+  int64_t memories = 1;
 
   int64_t lists() const { return 2 * heads; }
-  TokenRows rows() const {
-    return per_row ? TokenRows{tokens, per_row, row_stride, first} : TokenRows{tokens, tokens, tokens, 0};
+  int64_t memory(int64_t t) const { return memories == 1 ? 0 : (t / per_row * 2 + 1) % memories; }
+  // memories: of_row, if there are several
+  TokenRows rows(const int32_t* of_row) const {
+    return per_row ? TokenRows{tokens, per_row, row_stride, first, of_row} : TokenRows{tokens, tokens, tokens, 0};
   }
   int64_t row(int64_t t) const { return per_row ? t / per_row * row_stride + first + t % per_row : t; }
   int64_t query_rows() const { return tokens ? row(tokens - 1) + 1 : 0; }
@@ -54,7 +57,7 @@ struct Data {
       : s(shape),
         eps(s.numbers == Numbers::kZeroDistance ? T(0) : T(1e-3)),
         query(s.query_rows() * s.lists() * s.width, s.offset),
-        sub_keys(s.lists() * s.sub_keys * s.width, s.offset) {
+        sub_keys(s.memories * s.lists() * s.sub_keys * s.width, s.offset) {
     Random random;
     for (auto* buffer : {&query, &sub_keys})
       for (size_t i = 0; i < buffer->size(); ++i)
@@ -83,6 +86,7 @@ struct Data {
   }
   bool reported() const { return s.numbers >= Numbers::kNaN; }
   const T* query_of(int64_t t, int64_t list) const { return &query[(s.row(t) * s.lists() + list) * s.width]; }
+  // list: through all memories
   const T* sub_key(int64_t list, int64_t j) const { return &sub_keys[(list * s.sub_keys + j) * s.width]; }
 };
 
@@ -111,7 +115,8 @@ void search_list(const Data<T>& d, int64_t t, int64_t list, int32_t* indices, T*
   for (int64_t j = 0; j < s.sub_keys; ++j) {
     T sum = 0;
     for (int64_t c = 0; c < (s.width + kPack - 1) / kPack * kPack; ++c) {
-      const T q = c < s.width ? d.query_of(t, list)[c] : T(0), k = c < s.width ? d.sub_key(list, j)[c] : T(0);
+      const T q = c < s.width ? d.query_of(t, list)[c] : T(0),
+              k = c < s.width ? d.sub_key(s.memory(t) * s.lists() + list, j)[c] : T(0);
       sum = s.idw ? std::fma(-(q - k), q - k, sum) : std::fma(q, k, sum);
     }
     similarity[j] = sum;
@@ -134,11 +139,12 @@ void search_list(const Data<T>& d, int64_t t, int64_t list, int32_t* indices, T*
 
 // The best sums of two lists, by sorting all of them.
 template <typename T>
-void combine_list(const Shape& s, const int32_t* indices, const T* list_scores, int32_t* places, int32_t* slots,
-                  T* scores) {
+void combine_list(const Shape& s, int64_t token, const int32_t* indices, const T* list_scores, int32_t* places,
+                  int32_t* slots, T* scores) {
   const auto sum = [&](int32_t pair) { return list_scores[pair / s.topk] + list_scores[s.topk + pair % s.topk]; };
   const auto slot = [&](int32_t pair) {
-    return int32_t(indices[pair / s.topk] * s.sub_keys + indices[s.topk + pair % s.topk]);
+    const int64_t first_slot = s.memory(token) * s.sub_keys * s.sub_keys;
+    return int32_t(first_slot + indices[pair / s.topk] * s.sub_keys + indices[s.topk + pair % s.topk]);
   };
   std::vector<int32_t> order(s.topk * s.topk);
   std::iota(order.begin(), order.end(), 0);
@@ -163,7 +169,7 @@ Run make_search(Shape s) {
   for (int64_t l = 0; l < s.tokens * s.lists(); ++l)
     search_list(*d, l / s.lists(), l % s.lists(), &expected.indices[l * s.topk], &expected.list_scores[l * s.topk]);
   for (int64_t n = 0; n < s.tokens * s.heads; ++n)
-    combine_list(s, &expected.indices[2 * n * s.topk], &expected.list_scores[2 * n * s.topk],
+    combine_list(s, n / s.heads, &expected.indices[2 * n * s.topk], &expected.list_scores[2 * n * s.topk],
                  &expected.places[n * s.topk], &expected.slots[n * s.topk], &expected.scores[n * s.topk]);
   return [=]() -> std::string {
     Buffer<int32_t> indices(entries), places(s.places ? reads : 0), slots(reads);
@@ -171,8 +177,11 @@ Run make_search(Shape s) {
     Buffer<uint8_t> workspace(search_workspace<T, Size>(s.tokens, s.heads, s.sub_keys));
     Buffer<unsigned> errors(1);
     errors.clear(0);
+    Buffer<int32_t> of_row(s.memories == 1 ? 0 : s.tokens / s.per_row);
+    for (size_t b = 0; b < of_row.size(); ++b) of_row[b] = int32_t(s.memory(int64_t(b) * s.per_row));
+    const TokenRows rows = s.rows(s.memories == 1 ? nullptr : of_row.get());
     if (search_product_keys<Size>(ProductKeySearch<T>{.query = d->query.get(),
-                                                      .rows = s.rows(),
+                                                      .rows = rows,
                                                       .sub_keys = d->sub_keys.get(),
                                                       .heads = s.heads,
                                                       .num_sub_keys = s.sub_keys,
@@ -190,7 +199,7 @@ Run make_search(Shape s) {
                                   nullptr))
       return "launch";
     if (s.filtered >= 0 &&
-        s.filtered != !std::count(workspace.get(), workspace.get() + filter_workspace(s.tokens, s.lists()), 1))
+        s.filtered != !std::count(workspace.get(), workspace.get() + rows.tiles(kRedoTokens) * s.lists(), 1))
       return "which lists were left over by the filter";
     if (!indices.same_bits(expected.indices)) return "list indices";
     if (!same_or_nan(list_scores, expected.list_scores)) return "list scores";
@@ -428,6 +437,34 @@ const Register kCases({
     {"filter_batch_rows_many",
      [] {
        return make_search<SmallFilterMany, float>({38, 2, 40, 12, 4, kIdw, Numbers::kReal, 0, 6, 11, 3, true, 1});
+     }},
+    {"search_memories",
+     [] {
+       return make_search<SmallFew, float>({21, 2, 40, 8, 4, false, Numbers::kReal, 0, 7, 10, 2, true, -1, 0, 3});
+     }},
+    {"search_memories_one_token_each",
+     [] { return make_search<Normal, float>({6, 1, 40, 8, 4, kIdw, Numbers::kReal, 0, 1, 1, 0, true, -1, 0, 5}); }},
+    {"search_memories_many",
+     [] {
+       return make_search<SmallMany, double>({38, 1, 40, 6, 4, kIdw, Numbers::kReal, 1, 19, 20, 1, true, -1, 0, 2});
+     }},
+    {"search_memories_ties",
+     [] {
+       return make_search<SmallMany, float>({36, 1, 140, 3, 8, false, Numbers::kInteger, 0, 18, 19, 1, true, -1, 0, 2});
+     }},
+    {"filter_memories",
+     [] {
+       return make_search<SmallFilterMany, float>(
+           {105, 2, 40, 12, 4, kIdw, Numbers::kReal, 0, 35, 40, 3, true, 1, 0, 4});
+     }},
+    {"filter_memories_few",
+     [] {
+       return make_search<SmallFilterFew, float>({63, 1, 40, 8, 4, false, Numbers::kReal, 0, 21, 24, 1, true, 1, 0, 3});
+     }},
+    {"filter_memories_infinity",
+     [] {
+       return make_search<SmallFilterMany, float>(
+           {105, 1, 60, 8, 4, false, Numbers::kInfinity, 0, 35, 40, 3, true, 0, 0, 4});
      }},
     {"small_search_ties", [] { return make_search<SmallFew, float>({3, 1, 220, 1, 2, false, Numbers::kInteger}); }},
     {"small_search_33_reads", [] { return make_search<SmallFew, float>({2, 1, 40, 4, 33}); }},
