@@ -59,7 +59,7 @@ struct NewKeys {
   }
 };
 
-// The sums over the entries of every sub-key: column_sums, or ordered_sums where a key's entries have several memories.
+// The sums over the entries of every sub-key. column_sums knows the sub-keys of one memory only.
 template <typename Size, typename T, typename Terms, typename Output>
 cudaError_t sums_by_key(const ScanView<T>& view, const OrderedLists& lists, const Terms& terms, const Output& output,
                         T* scratch, bool aligned, cudaStream_t stream) {
