@@ -41,25 +41,29 @@ __global__ void __launch_bounds__(Size::kThreads)
     const TokenTile tokens = rows.tile(b / parts / lists, Tile::kTokens);
     const T* const keys = sub_keys + (tokens.memory * lists + list) * num_sub_keys * width;
     const int32_t first_key = int32_t(b % parts) * Tile::kKeys;
-    const auto load = [&](const T* row, int64_t column) {
-      if (column >= width) return filled_pack(T(0));
-      return aligned ? load_pack<true>(row, column, width) : load_pack<false>(row, column, width);
-    };
+    const T* query_rows[Tile::kTokens / Tile::kRowsAtOnce];
+#pragma unroll
+    for (int i = 0; i < Tile::kTokens / Tile::kRowsAtOnce; ++i) {
+      const int row = load_row + i * Tile::kRowsAtOnce;
+      const int64_t token = tokens.first + (row < tokens.tokens ? row : 0);
+      query_rows[i] = query + (rows.row(token) * lists + list) * width;
+    }
     T sum = 0;
     for (int64_t first_column = 0; first_column < width; first_column += Tile::kColumns) {
       Pack<T> key_packs[Tile::kKeys / Tile::kRowsAtOnce], query_packs[Tile::kTokens / Tile::kRowsAtOnce];
       const int64_t column = first_column + load_column;
+      const auto load = [&]<bool kAligned>() {  // all on their way before the first is needed
 #pragma unroll
-      for (int i = 0; i < Tile::kKeys / Tile::kRowsAtOnce; ++i) {
-        const int32_t key = first_key + load_row + i * Tile::kRowsAtOnce;
-        if (key < num_sub_keys) key_packs[i] = load(keys + key * width, column);
-      }
+        for (int i = 0; i < Tile::kKeys / Tile::kRowsAtOnce; ++i) {
+          const int32_t key = first_key + load_row + i * Tile::kRowsAtOnce;
+          if (key < num_sub_keys) key_packs[i] = load_pack<kAligned>(keys + key * width, column, width);
+        }
 #pragma unroll
-      for (int i = 0; i < Tile::kTokens / Tile::kRowsAtOnce; ++i) {
-        const int row = load_row + i * Tile::kRowsAtOnce;
-        if (row < tokens.tokens)
-          query_packs[i] = load(query + (rows.row(tokens.first + row) * lists + list) * width, column);
-      }
+        for (int i = 0; i < Tile::kTokens / Tile::kRowsAtOnce; ++i)
+          query_packs[i] = load_pack<kAligned>(query_rows[i], column, width);
+      };
+      if (column < width && aligned) load.template operator()<true>();
+      if (column < width && !aligned) load.template operator()<false>();
       __syncthreads();  // the stage is free
 #pragma unroll
       for (int i = 0; i < Tile::kKeys / Tile::kRowsAtOnce; ++i)
