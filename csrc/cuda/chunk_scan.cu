@@ -62,9 +62,9 @@ class ForwardScan {
     if (!in_place) newest_ = make_zeros(in.values, {s.slots}, ScalarType::Int);
     if (!o.keys_move()) return;
     key_lists_ = buffer(kernels::ordered_lists_workspace(int32_t(2 * most * n)), ScalarType::Int);
-    address_ = buffer(2 * most * n, type);
+    if (o.addressing_weight != 0) p_ = buffer(2 * most * n, type);
     alpha_ = buffer(2 * most * n, type);
-    tables_ = buffer(4 * s.keys.sub_keys, ScalarType::Double);
+    tables_ = buffer(2 * view_.table_size(), ScalarType::Double);
     if (in_place) other_keys_ = make(in.sub_keys, {view_.key_rows() * view_.half_width}, type);
   }
 
@@ -112,6 +112,7 @@ class ForwardScan {
     return t.defined() ? t.mutable_data_ptr<E>() : nullptr;
   }
   T* memory_terms() { return pointer<T>(memory_terms_); }
+  T* p() { return pointer<T>(p_); }
   int32_t* newest() { return pointer<int32_t>(newest_); }
 
   void read(const Chunk& c) {
@@ -140,6 +141,8 @@ class ForwardScan {
         .scores = scores_.const_data_ptr<T>(),
         .slots = slots_.mutable_data_ptr<int32_t>(),
         .list_indices = list_indices(c),
+        .list_scores = list_scores(c),
+        .p = c.writes ? p() : nullptr,
         .weights = weights_.mutable_data_ptr<T>(),
         .errors = pointer<T>(errors_),
         .good = good_.mutable_data_ptr<uint8_t>(),
@@ -222,10 +225,9 @@ class ForwardScan {
         .places = places(c),
         .list_scores = list_scores(c),
         .memory_terms = memory_terms(),
-        .p = address_.mutable_data_ptr<T>(),
+        .p = p(),
         .alpha = alpha_.mutable_data_ptr<T>(),
-        .mean = tables,
-        .slope = tables + 2 * view_.num_sub_keys,
+        .tables = {tables, tables + view_.table_size(), nullptr, nullptr},
         .scratch = scratch,
         .error_word = error_word_};
     check_cuda(
@@ -250,7 +252,7 @@ class ForwardScan {
   Tensor other_keys_;                               // in place: writes alternate between it and the memory's own
   Tensor slots_, scores_, weights_, memory_terms_;  // (m, H, R) of the current chunk, as all that follows
   Tensor errors_, good_;                            // (m, V), (m)
-  Tensor address_, alpha_;                          // (m, H, 2, R)
+  Tensor p_, alpha_;                                // (m, H, 2, R); p_: with the addressing loss
   Tensor tables_, slot_lists_, key_lists_, scratch_, counts_, gamma_, search_;
 };
 

@@ -42,7 +42,7 @@ class BackwardScan {
         dnew_rows_(pointer(grads.new_rows)) {
     int64_t tokens = 0;  // of a chunk, at most
     for (const Step& step : s.steps) tokens = std::max(tokens, s.batch * step.tokens());
-    const int64_t n = tokens * s.reads_per_token(), table = 2 * s.keys.sub_keys;
+    const int64_t n = tokens * s.reads_per_token();
     const int64_t rows = std::min(s.slots, reads_of_call());
     table_ = {ints(s.slots), take<kernels::RowState>(rows, ScalarType::Byte), numbers(rows * s.width),
               s.slots <= reads_of_call()};
@@ -67,8 +67,9 @@ class BackwardScan {
     if (o.keys_move()) {
       theta_ = numbers(key_count());
       directions_ = numbers(2 * n);
-      address_ = numbers(2 * n);
-      for (double** p : {&mean_, &slope_, &curvature_}) *p = take<double>(table, ScalarType::Double);
+      p_ = numbers(2 * n);
+      for (double** p : {&tables_.mean, &tables_.slope, &tables_.curvature, &tables_.extra})
+        *p = take<double>(view_.table_size(), ScalarType::Double);
       sums_ = take<double>(view_.key_rows(), ScalarType::Double);
     }
     alpha_ = numbers(2 * n);
@@ -112,18 +113,10 @@ class BackwardScan {
     const int32_t *const places = saved_.places.const_data_ptr<int32_t>() + before,
                          *const read_from = saved_.read_from.const_data_ptr<int32_t>() + before;
     const T* const list_scores = saved_.list_scores.const_data_ptr<T>() + 2 * before;
-    check_launch(kernels::check_reads(
-        view_, c, s_.places(), saved_.list_indices.const_data_ptr<int32_t>() + 2 * before, places, read_from,
-        list_indices_, slots_, need_dvalues_ ? result_.value_slots.mutable_data_ptr<int64_t>() + before : nullptr,
-        error_word_, stream_));
     const auto by_slot =
         kernels::grouping(static_cast<const int32_t*>(slots_), int32_t(reads), int32_t(s_.slots), slot_lists_, nullptr);
     const auto by_key = kernels::grouping(kernels::EntryKeys<T>{view_, c, list_indices_}, int32_t(2 * reads),
                                           int32_t(view_.key_rows()), key_lists_, nullptr);
-    check_launch(kernels::build_ordered_lists(by_slot, by_key, stream_));
-    const kernels::OrderedLists slot_lists = by_slot.lists();
-    row_gradients(c, slot_lists, scale, int32_t(before), read_from);
-
     // Of the sub-keys: whether the write passes their gradient on, for it moved them, and somebody later read them.
     const bool through = c.writes && o_.keys_move() && !no_dsub_keys_;
     const bool memory_moved_keys = c.writes && !o_.values_only && c.pairs > 0;
@@ -131,6 +124,15 @@ class BackwardScan {
         key_arguments(c, by_key.lists(), through, memory_moved_keys, places, list_scores);
     const bool keys_aligned = kernels::rows_are_packs<T>(view_.half_width, view_.query, keys.dquery, keys.sub_keys,
                                                          keys.dsub_keys, theta_, scratch_);
+
+    check_launch(
+        kernels::check_reads(view_, c, s_.places(), saved_.list_indices.const_data_ptr<int32_t>() + 2 * before, places,
+                             read_from, list_scores, list_indices_, slots_,
+                             need_dvalues_ ? result_.value_slots.mutable_data_ptr<int64_t>() + before : nullptr,
+                             keys.addressed() ? p_ : nullptr, error_word_, stream_));
+    check_launch(kernels::build_ordered_lists(by_slot, by_key, stream_));
+    const kernels::OrderedLists slot_lists = by_slot.lists();
+    row_gradients(c, slot_lists, scale, int32_t(before), read_from);
     if (through) check_launch(kernels::key_directions(keys, keys_aligned, stream_));
 
     const bool second_order = through && memory_moved_keys;
@@ -215,10 +217,8 @@ class BackwardScan {
             .directions = directions_,
             .alpha = alpha_,
             .beta = beta_,
-            .p = address_,
-            .mean = mean_,
-            .slope = slope_,
-            .curvature = curvature_,
+            .p = p_,
+            .tables = tables_,
             .sum = sums_,
             .scratch = scratch_};
   }
@@ -248,9 +248,10 @@ class BackwardScan {
   T *delta_, *errors_;                             // (m, V)
   uint8_t* good_;                                  // (m)
   T* scratch_;
-  T *theta_{}, *directions_{}, *address_{};             // (H, 2, P, K/2); (m, H, 2, R), if sub-keys move
-  T *alpha_, *beta_;                                    // (m, H, 2, R)
-  double *mean_{}, *slope_{}, *curvature_{}, *sums_{};  // (2, P); (H, 2, P), if sub-keys move
+  T *theta_{}, *directions_{}, *p_{};  // (H, 2, P, K/2); (m, H, 2, R), if sub-keys move
+  T *alpha_, *beta_;                   // (m, H, 2, R)
+  kernels::AddressTables tables_{};    // if sub-keys move
+  double* sums_{};                     // (H, 2, P), if sub-keys move
 };
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> chunk_scan_backward_cuda(

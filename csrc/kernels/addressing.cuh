@@ -1,4 +1,4 @@
-// The addressing loss of one chunk over its lists (m, H, 2, R), and sums of numbers over the lists' entries.
+// The addressing loss of one chunk over its lists (m, H, 2, R).
 //
 //   P = softmax over the R scores of a list
 //   mean[p, j] = (1 / N_a) sum of P over the entries of sub-key j, all heads
@@ -10,7 +10,7 @@
 // (memory, h, p, j), are an ordered list; tokens that do not count have P = 0, those that were left out have no entries
 // (index -1).
 #pragma once
-#include "kernels/ordered_sums.cuh"
+#include "kernels/ordered_lists.cuh"
 #include "kernels/scan.cuh"
 
 namespace fwpkm::kernels {
@@ -29,66 +29,52 @@ struct EntryKeys {
   }
 };
 
-// ----------------------------------------------------------------------------------------------------------- kernels
-// One warp per list.
-template <typename Size, typename T>
-__global__ void __launch_bounds__(Size::kThreads)
-    address_weights(ScanView<T> view, Chunk chunk, const int32_t* __restrict__ list_indices,
-                    const T* __restrict__ list_scores, T* __restrict__ p) {
+// P of one list, by a warp; 0 if it does not count. scores: of its entries, falling.
+template <typename T>
+__device__ __forceinline__ void address_weights(const T* scores, int64_t topk, bool counts, T* p) {
   const int lane = threadIdx.x % 32;
-  const int64_t topk = view.topk, lists = view.tokens(chunk) * view.heads * 2;
-  const int64_t step = int64_t(gridDim.x) * (Size::kThreads / 32);
-  for (int64_t list = (int64_t(blockIdx.x) * Size::kThreads + threadIdx.x) / 32; list < lists; list += step) {
-    const bool counts =
-        list_indices[list * topk] >= 0 && view.addressed(chunk, view.token(chunk, list / (2 * view.heads)));
-    const T *s = list_scores + list * topk, top = s[0];  // scores fall
-    T sum = 0;
-    for (int64_t l = lane; l < topk; l += 32) sum += exp(s[l] - top);
-    sum = warp_sum(sum);
-    for (int64_t l = lane; l < topk; l += 32) p[list * topk + l] = counts ? exp(s[l] - top) / sum : T(0);
-  }
+  T sum = 0;
+  for (int64_t l = lane; l < topk && counts; l += 32) sum += exp(scores[l] - scores[0]);
+  sum = warp_sum(sum);
+  for (int64_t l = lane; l < topk; l += 32) p[l] = counts ? exp(scores[l] - scores[0]) / sum : T(0);
 }
 
-// Sums of x over lists. by_half: out (memories, 2, P), of the sub-keys of all heads, times factor / N_a; else
-// (memories, H, 2, P), of every sub-key, times factor. One block per sum.
-template <typename Size, typename T>
-__global__ void __launch_bounds__(Size::kThreads)
-    sum_entries(ScanView<T> view, Chunk chunk, OrderedLists lists, const T* __restrict__ x, bool by_half, double factor,
-                double* __restrict__ out) {
-  SIMT_SHARED(partial, double[32]);
-  const int32_t keys = int32_t(view.key_rows_of_memory()), apart = by_half ? int32_t(2 * view.num_sub_keys) : keys;
-  for (int32_t i = blockIdx.x; i < int32_t(view.memories.count) * apart; i += gridDim.x) {
-    const int32_t memory = i / apart, first_key = memory * keys;
-    const int64_t rows = by_half ? view.addressed_rows_of(chunk, memory) : 1;
-    double sum = 0;
-    for (int32_t key = first_key + i % apart; key < first_key + keys; key += apart) {
-      const int32_t begin = end_of_list(lists, key - 1, 0), end = end_of_list(lists, key, begin);
-      for (int64_t place = int64_t(begin) + threadIdx.x; place < end; place += Size::kThreads)
-        sum += double(x[lists.entry[place]]);
-    }
-    sum = block_sum(sum, &partial[0]);
-    if (threadIdx.x == 0) out[i] = (rows ? factor / double(rows) : 0.0) * sum;
-    __syncthreads();  // before the next sum takes `partial`
-  }
-}
+// Of (memories, 2, P) each; curvature and extra may be null.
+struct AddressTables {
+  double *mean, *slope, *curvature;
+  double* extra;  // (omega / N_a) times the sum of other numbers of the entries
+};
 
-// One block per memory. slope and curvature (memories, 2, P), loss (memories); curvature and loss may be null.
+// ------------------------------------------------------------------------------------------------------------ kernel
+// p, extra: (m, H, 2, R); extra goes with its table. One block per sub-key of a half. 4 blocks: left alone, ptxas
+// spills to make room for more.
 template <typename Size, typename T>
-__global__ void __launch_bounds__(Size::kThreads)
-    address_slopes(ScanView<T> view, const double* __restrict__ mean, double* __restrict__ slope,
-                   double* __restrict__ curvature, T* loss) {
-  SIMT_SHARED(partial, double[32]);
-  const int64_t table = 2 * view.num_sub_keys;
-  for (int64_t memory = blockIdx.x; memory < view.memories.count; memory += gridDim.x) {
-    double sum = 0;
-    for (int64_t i = memory * table + threadIdx.x; i < (memory + 1) * table; i += Size::kThreads) {
-      const double x = mean[i], floored = x + kLogFloor, logarithm = log(floored);
-      slope[i] = logarithm + x / floored;
-      if (curvature) curvature[i] = 1 / floored + kLogFloor / (floored * floored);
-      sum = fma(x, logarithm, sum);
+__global__ void __launch_bounds__(Size::kThreads, 4)
+    sum_addresses(ScanView<T> view, Chunk chunk, OrderedLists lists, const T* __restrict__ p,
+                  const T* __restrict__ extra, AddressTables tables) {
+  SIMT_SHARED(partial, double[2][32]);
+  const int32_t table = int32_t(2 * view.num_sub_keys), keys = int32_t(view.key_rows_of_memory());
+  for (int32_t i = blockIdx.x; i < int32_t(view.table_size()); i += gridDim.x) {
+    const int32_t memory = i / table, first_key = memory * keys;
+    double sum = 0, extra_sum = 0;
+    for (int32_t key = first_key + i % table; key < first_key + keys; key += table) {
+      const Places places = find_list(lists, key);
+      for (int64_t place = int64_t(places.begin) + threadIdx.x; place < places.end; place += Size::kThreads) {
+        const int32_t entry = lists.entry[place];
+        sum += double(p[entry]);
+        if (extra) extra_sum += double(extra[entry]);
+      }
     }
-    sum = block_sum(sum, &partial[0]);
-    if (loss && threadIdx.x == 0) loss[memory] = T(view.addressing_weight * sum);
+    sum = block_sum(sum, &partial[0][0]);
+    if (extra) extra_sum = block_sum(extra_sum, &partial[1][0]);
+    if (threadIdx.x == 0) {
+      const int64_t rows = view.addressed_rows_of(chunk, memory);
+      const double mean = (rows ? 1 / double(rows) : 0.0) * sum, floored = mean + kLogFloor;
+      tables.mean[i] = mean;
+      tables.slope[i] = log(floored) + mean / floored;
+      if (tables.curvature) tables.curvature[i] = 1 / floored + kLogFloor / (floored * floored);
+      if (extra) tables.extra[i] = (rows ? view.addressing_weight / double(rows) : 0.0) * extra_sum;
+    }
     __syncthreads();  // before the next sum takes `partial`
   }
 }
@@ -111,25 +97,22 @@ __device__ __forceinline__ T sum_at_place(const int32_t* places, const T* x, int
   return sum;
 }
 
+// The loss of one memory, by a block. mean: (2, P). partial: one element per warp.
+template <typename Size, typename T>
+__device__ __forceinline__ T addressing_loss(const ScanView<T>& view, const double* mean, double* partial) {
+  double sum = 0;
+  for (int64_t i = threadIdx.x; i < 2 * view.num_sub_keys; i += Size::kThreads)
+    sum = fma(mean[i], log(mean[i] + kLogFloor), sum);
+  return T(view.addressing_weight * block_sum(sum, partial));
+}
+
 // ------------------------------------------------------------------------------------------------------------ launch
-// P (m, H, 2, R), mean, slope and curvature (memories, 2, P) and losses (memories) of a chunk; curvature and loss may
-// be null. lists: of the entries.
+// lists: of the chunk's entries.
 template <typename Size = LaunchSize, typename T>
-cudaError_t address_chunk(const ScanView<T>& view, const Chunk& chunk, const OrderedLists& lists,
-                          const int32_t* list_indices, const T* list_scores, T* p, double* mean, double* slope,
-                          double* curvature, T* loss, cudaStream_t stream) {
-  const int64_t n = view.tokens(chunk) * view.heads * 2;
-  cudaError_t error = cudaSuccess;
-  if (n)
-    error = simt::launch(address_weights<Size, T>, blocks_for<Size>(n, Size::kThreads / 32), Size::kThreads, stream,
-                         view, chunk, list_indices, list_scores, p);
-  if (error == cudaSuccess)
-    error = simt::launch(sum_entries<Size, T>, blocks_for<Size>(view.table_size(), 1), Size::kThreads, stream, view,
-                         chunk, lists, p, true, 1.0, mean);
-  if (error == cudaSuccess)
-    error = simt::launch(address_slopes<Size, T>, blocks_for<Size>(view.memories.count, 1), Size::kThreads, stream,
-                         view, mean, slope, curvature, loss);
-  return error;
+cudaError_t address_chunk(const ScanView<T>& view, const Chunk& chunk, const OrderedLists& lists, const T* p,
+                          const T* extra, const AddressTables& tables, cudaStream_t stream) {
+  return simt::launch(sum_addresses<Size, T>, blocks_for<Size>(view.table_size(), 1), Size::kThreads, stream, view,
+                      chunk, lists, p, extra, tables);
 }
 
 }  // namespace fwpkm::kernels

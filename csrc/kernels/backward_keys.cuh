@@ -74,10 +74,11 @@ __global__ void __launch_bounds__(Size::kThreads) centred_directions(BackwardKey
   }
 }
 
-// alpha and beta. One warp per list. `addressed`: with the addressing loss; sum then holds (omega / N_a) sum P t~.
+// alpha and beta. One warp per list. tables.extra: sums of P t~.
 template <typename Size, typename T>
-__global__ void __launch_bounds__(Size::kThreads) key_factors(BackwardKeys<T> x, bool addressed) {
+__global__ void __launch_bounds__(Size::kThreads) key_factors(BackwardKeys<T> x) {
   const ScanView<T>& view = x.view;
+  const bool addressed = x.addressed();
   const int32_t topk = int32_t(view.topk);
   const int64_t step = int64_t(gridDim.x) * (Size::kThreads / 32), lists = x.num_lists();
   for (int64_t list = (int64_t(blockIdx.x) * Size::kThreads + threadIdx.x) / 32; list < lists; list += step) {
@@ -93,12 +94,13 @@ __global__ void __launch_bounds__(Size::kThreads) key_factors(BackwardKeys<T> x,
     const T daddressing = x.daddressing ? x.daddressing[memory] : T(0);
     double mean_u = 0, mean_dp = 0;
     T mean_t = 0;
-    const auto centred_u = [&](int32_t l) { return x.slope[table + x.list_indices[at + l]] - mean_u; };
+    const auto centred_u = [&](int32_t l) { return x.tables.slope[table + x.list_indices[at + l]] - mean_u; };
     const auto dp = [&](int32_t l) {
       const int64_t j = table + x.list_indices[at + l];
-      return fma(factor * double(x.directions[at + l] - mean_t), centred_u(l), x.sum[j] * x.curvature[j] / rows);
+      return fma(factor * double(x.directions[at + l] - mean_t), centred_u(l),
+                 x.tables.extra[j] * x.tables.curvature[j] / rows);
     };
-    if (addressed) mean_u = mean_slope(x.p + at, x.list_indices + at, x.slope + table, topk);
+    if (addressed) mean_u = mean_slope(x.p + at, x.list_indices + at, x.tables.slope + table, topk);
     if (addressed && x.through) {
       mean_t = mean_direction(x, list);
       for (int32_t l = threadIdx.x % 32; l < topk; l += 32) mean_dp = fma(double(x.p[at + l]), dp(l), mean_dp);
@@ -118,6 +120,21 @@ __global__ void __launch_bounds__(Size::kThreads) key_factors(BackwardKeys<T> x,
       x.alpha[at + l] = slope * sigma;
       x.beta[at + l] = slope * dsub;
     }
+  }
+}
+
+// sum: of alpha, by sub-key. One block per sub-key.
+template <typename Size, typename T>
+__global__ void __launch_bounds__(Size::kThreads) sum_alpha(BackwardKeys<T> x) {
+  SIMT_SHARED(partial, double[32]);
+  for (int32_t key = blockIdx.x; key < x.lists.num_keys; key += gridDim.x) {
+    const Places places = find_list(x.lists, key);
+    double sum = 0;
+    for (int64_t place = int64_t(places.begin) + threadIdx.x; place < places.end; place += Size::kThreads)
+      sum += double(x.alpha[x.lists.entry[place]]);
+    sum = block_sum(sum, &partial[0]);
+    if (threadIdx.x == 0) x.sum[key] = sum;
+    __syncthreads();  // before the next sum takes `partial`
   }
 }
 
@@ -141,26 +158,16 @@ cudaError_t key_gradients(const BackwardKeys<T>& x, bool aligned, cudaStream_t s
   const int64_t lists = x.num_lists();
   if (lists == 0) return cudaSuccess;
   const unsigned warp_per_list = blocks_for<Size>(lists, Size::kThreads / 32);
-  const bool addressed =
-      x.chunk.writes && view.addressing_weight != 0 && view.addressed_rows(x.chunk) > 0 && (x.through || x.daddressing);
-  const auto sum_entries = [&](const T* entries, bool by_half, double factor) {
-    return simt::launch(kernels::sum_entries<Size, T>,
-                        blocks_for<Size>(by_half ? view.table_size() : view.key_rows(), 1), Size::kThreads, stream,
-                        view, x.chunk, x.lists, entries, by_half, factor, x.sum);
-  };
   cudaError_t error = cudaSuccess;
-  if (addressed)
-    error = address_chunk<Size>(view, x.chunk, x.lists, x.list_indices, x.list_scores, x.p, x.mean, x.slope,
-                                x.curvature, static_cast<T*>(nullptr), stream);
-  if (addressed && x.through && error == cudaSuccess)
+  if (x.addressed() && x.through)
     error = simt::launch(centred_directions<Size, T>, warp_per_list, Size::kThreads, stream, x);
-  if (addressed && x.through && error == cudaSuccess)  // before 1 / mean, which may reach 2e8, multiplies it
-    error = sum_entries(x.beta, true, view.addressing_weight);
-  if (error == cudaSuccess)
-    error = simt::launch(key_factors<Size, T>, warp_per_list, Size::kThreads, stream, x, addressed);
+  if (x.addressed() && error == cudaSuccess)
+    error = address_chunk<Size>(view, x.chunk, x.lists, x.p, x.through ? x.beta : nullptr, x.tables, stream);
+  if (error == cudaSuccess) error = simt::launch(key_factors<Size, T>, warp_per_list, Size::kThreads, stream, x);
   if (error == cudaSuccess) error = launch_add_to_query<Size>(x, aligned, stream);
   const bool pulled = view.idw && x.through;
-  if (pulled && error == cudaSuccess) error = sum_entries(x.alpha, false, 1.0);
+  if (pulled && error == cudaSuccess)
+    error = simt::launch(sum_alpha<Size, T>, blocks_for<Size>(x.lists.num_keys, 1), Size::kThreads, stream, x);
   if (error != cudaSuccess) return error;
   const AddToKeys<T> output{x.dsub_keys, x.theta, pulled ? x.sum : nullptr};
   const auto sums = [&](const auto& terms) {

@@ -11,8 +11,8 @@
 // consecutive packs as a tree, i and i + 4 first; then these sums in turn, from zero. Of sums over a list: its entries
 // in turn, from zero, the one with theta by itself.
 #pragma once
+#include "kernels/addressing.cuh"
 #include "kernels/ordered_sums.cuh"
-#include "kernels/scan.cuh"
 
 namespace fwpkm::kernels {
 
@@ -29,14 +29,19 @@ struct BackwardKeys {
   const T* daddressing;                  // (memories): d(addressing loss) of the write; or null
   T *dquery, *dsub_keys;                 // as query; as sub_keys: dK', becomes dK
   // Workspace
-  T *theta, *directions;                   // as sub_keys, t (m, H, 2, R): kept from key_directions to key_gradients
-  T *alpha, *beta, *p;                     // (m, H, 2, R)
-  double *mean, *slope, *curvature, *sum;  // (memories, 2, P); sum (memories, H, 2, P)
-  T* scratch;                              // column_sums_scratch(entries, 2H, K/2)
+  T *theta, *directions;  // as sub_keys, t (m, H, 2, R): kept from key_directions to key_gradients
+  T *alpha, *beta, *p;    // (m, H, 2, R); p: address_weights, if addressed()
+  AddressTables tables;
+  double* sum;  // (memories, H, 2, P)
+  T* scratch;   // column_sums_scratch(entries, 2H, K/2)
 
   __device__ bool left_out(int64_t list) const { return list_indices[list * view.topk] < 0; }
   __device__ int64_t row_of(int64_t l) const { return view.key_row(chunk, l, list_indices[l]) * view.half_width; }
   __host__ __device__ int64_t num_lists() const { return view.tokens(chunk) * view.heads * 2; }
+  // Whether anything comes through the addressing loss.
+  __host__ __device__ bool addressed() const {
+    return chunk.writes && view.addressing_weight != 0 && view.addressed_rows(chunk) > 0 && (through || daddressing);
+  }
 };
 
 constexpr int kSlicePacks = 8;  // of the tree of <theta, difference>

@@ -8,6 +8,7 @@
 // Brackets: only when the memory loss moved the sub-keys. delta, y, e: backward_tokens.cuh. Sums: ordered_sums.cuh, the
 // bracket in a second pass. A buffer row is written before it is read, and only slots that were read have one.
 #pragma once
+#include "kernels/addressing.cuh"
 #include "kernels/value_gather.cuh"
 #include "kernels/write_rows.cuh"
 
@@ -76,13 +77,13 @@ struct RowsBefore {
 // ----------------------------------------------------------------------------------------------------------- kernels
 // What the forward pass saved of a chunk, as the backward pass follows it: slots of the reads, and -1 throughout for a
 // token that was left out or has a number out of range. One warp per token. slots_of_call: of the chunk's reads in
-// d(values), or null.
+// d(values), or null. p: address_weights of its lists, or null.
 template <typename Size, typename T>
 __global__ void __launch_bounds__(Size::kThreads)
     checked_reads(ScanView<T> view, Chunk chunk, int64_t log_places, const int32_t* __restrict__ saved_indices,
                   const int32_t* __restrict__ places, const int32_t* __restrict__ read_from,
-                  int32_t* __restrict__ list_indices, int32_t* __restrict__ slots, int64_t* __restrict__ slots_of_call,
-                  unsigned* error_word) {
+                  const T* __restrict__ list_scores, int32_t* __restrict__ list_indices, int32_t* __restrict__ slots,
+                  int64_t* __restrict__ slots_of_call, T* __restrict__ p, unsigned* error_word) {
   const int lane = threadIdx.x % 32;
   const int32_t topk = int32_t(view.topk), n = int32_t(view.reads()), most = int32_t(view.num_sub_keys);
   const int64_t step = int64_t(gridDim.x) * (Size::kThreads / 32), tokens = view.tokens(chunk);
@@ -104,6 +105,9 @@ __global__ void __launch_bounds__(Size::kThreads)
       slots[t * n + r] = slot;
       if (slots_of_call) slots_of_call[t * n + r] = valid ? slot : 0;
     }
+    const bool counts = valid && view.addressed(chunk, view.token(chunk, t));
+    for (int64_t l = t * 2 * n; l < (t + 1) * 2 * n && p; l += topk)
+      address_weights(list_scores + l, topk, counts, p + l);
   }
 }
 
@@ -171,15 +175,15 @@ __global__ void __launch_bounds__(Size::kThreads)
 }
 
 // ------------------------------------------------------------------------------------------------------------ launch
-// list_indices (m, H, 2, R), slots (m, H, R): see checked_reads.
+// list_indices, p (m, H, 2, R), slots (m, H, R): see checked_reads.
 template <typename Size = LaunchSize, typename T>
 cudaError_t check_reads(const ScanView<T>& view, const Chunk& chunk, int64_t log_places, const int32_t* saved_indices,
-                        const int32_t* places, const int32_t* read_from, int32_t* list_indices, int32_t* slots,
-                        int64_t* slots_of_call, unsigned* error_word, cudaStream_t stream) {
+                        const int32_t* places, const int32_t* read_from, const T* list_scores, int32_t* list_indices,
+                        int32_t* slots, int64_t* slots_of_call, T* p, unsigned* error_word, cudaStream_t stream) {
   if (view.tokens(chunk) == 0) return cudaSuccess;
   return simt::launch(checked_reads<Size, T>, blocks_for<Size>(view.tokens(chunk), Size::kThreads / 32), Size::kThreads,
-                      stream, view, chunk, log_places, saved_indices, places, read_from, list_indices, slots,
-                      slots_of_call, error_word);
+                      stream, view, chunk, log_places, saved_indices, places, read_from, list_scores, list_indices,
+                      slots, slots_of_call, p, error_word);
 }
 
 template <typename T>

@@ -21,9 +21,13 @@ struct OrderedLists {
   const int32_t* begin;  // (n): the place where this place's list begins
 };
 
-// First place at or after `from` whose key is greater than `key`.
+// First place at or after `from` whose key is greater than `key`. Most lists are short: looks near `from` first.
 __device__ __forceinline__ int32_t end_of_list(const OrderedLists& lists, int32_t key, int32_t from) {
-  int32_t low = from, high = lists.n;
+  int32_t low = from, high = from;
+  for (int64_t step = 1; high < lists.n && lists.key[high] <= key; step *= 2) {
+    low = high + 1;
+    high = lists.n - low > step ? int32_t(low + step) : lists.n;
+  }
   while (low < high) {
     const int32_t middle = low + (high - low) / 2;
     if (lists.key[middle] > key)
@@ -32,6 +36,25 @@ __device__ __forceinline__ int32_t end_of_list(const OrderedLists& lists, int32_
       low = middle + 1;
   }
   return low;
+}
+
+// The list of a key, which may be empty, found by a warp from nothing: places [begin, end).
+struct Places {
+  int32_t begin, end;
+};
+__device__ __forceinline__ Places find_list(const OrderedLists& lists, int32_t key) {
+  const int lane = threadIdx.x % 32;
+  int32_t low[2] = {0, 0}, high[2] = {lists.n, lists.n};  // of the first place whose key is at least key + i
+  while (low[0] < high[0] || low[1] < high[1])
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {  // both searches wait for memory at the same time
+      const int32_t left = high[i] - low[i], step = left > 32 ? (left - 1) / 32 + 1 : 1;
+      const int64_t probe = low[i] + (lane + 1) * int64_t(step) - 1;
+      const bool before = probe < high[i] && lists.key[probe] < key + i;
+      low[i] += __popc(__ballot_sync(kFullWarp, before)) * step;
+      if (high[i] > low[i] + step - 1) high[i] = low[i] + step - 1;
+    }
+  return {low[0], low[1]};
 }
 
 // int32 elements of the workspace that build_ordered_lists needs, and that holds its result.
@@ -45,7 +68,14 @@ int64_t ordered_lists_workspace(int32_t n) {
 __device__ __forceinline__ int32_t begin_of_list(const int32_t* key, int32_t p) {
   const int32_t k = key[p];
   int32_t low = 0, high = p;  // key[high] == k
-  if (high > 0 && key[high - 1] != k) low = high;
+  for (int64_t step = 1; low < high; step *= 2) {
+    const int32_t probe = high > step ? int32_t(high - step) : 0;
+    if (key[probe] != k) {
+      low = probe + 1;
+      break;
+    }
+    high = probe;
+  }
   while (low < high) {
     const int32_t middle = low + (high - low) / 2;
     if (key[middle] < k)

@@ -1,4 +1,5 @@
-// Reading a chunk: weights of the reads, out, and for tokens with a pair the memory loss and what the write needs.
+// Reading a chunk: weights of the reads, out, for tokens with a pair the memory loss and what the write needs, and the
+// weights of the addressing loss.
 //
 //   a = f(z / temperature)     out = sum_r a_r row(slot_r)     err = out - target     loss = w |err|^2 / V     e = w
 //   err and, unless values_only:   b_r = <row(slot_r), e> / (M V)     memory_terms = J b, d(memory loss) / d(scores)
@@ -10,6 +11,7 @@
 // A token with a score that is not finite gets NaN, -1 for its slots, and takes no part in any write. Neither does a
 // token whose loss is not finite (`good`); both are reported.
 #pragma once
+#include "kernels/addressing.cuh"
 #include "kernels/read_weights.cuh"
 
 namespace fwpkm::kernels {
@@ -23,6 +25,8 @@ struct ReadArguments {
   const T* scores;        // (m, H, R)
   int32_t* slots;         // (m, H, R)
   int32_t* list_indices;  // (m, H, 2, R)
+  const T* list_scores;   // (m, H, 2, R)
+  T* p;                   // (m, H, 2, R): address_weights, or null
   T* weights;             // (m, H, R)
   T* errors;              // (m, V): e of good tokens
   uint8_t* good;          // (m): the token has a pair that takes part in the write
@@ -37,9 +41,10 @@ struct ReadArguments {
 };
 
 // ------------------------------------------------------------------------------------------------------------ kernel
-// One block per token: its threads stand side by side over the columns, 16 bytes each.
+// One block per token: its threads stand side by side over the columns, 16 bytes each. 2 blocks: left alone, ptxas
+// spills to make room for more.
 template <typename Size, int kMostReads, bool kAligned, typename T>
-__global__ void __launch_bounds__(Size::kThreads) read_tokens(ReadArguments<T> x) {
+__global__ void __launch_bounds__(Size::kThreads, 2) read_tokens(ReadArguments<T> x) {
   constexpr int kInFlight = 8, kPack = Pack<T>::kSize;  // rows on their way at once
   SIMT_SHARED(a, T[kMostReads]);
   SIMT_SHARED(rows, Row<T>[kMostReads]);
@@ -131,6 +136,10 @@ __global__ void __launch_bounds__(Size::kThreads) read_tokens(ReadArguments<T> x
       }
       __syncthreads();  // terms
       if (warp == 0) through_weights(view.activation, view.temperature, &a[0], z, terms, n, terms);
+    }
+    for (int64_t list = warp; list < 2 * view.heads && x.p; list += warps) {
+      const int64_t l = t * 2 * n + list * view.topk;
+      address_weights(x.list_scores + l, view.topk, !odd && view.addressed(x.chunk, token), x.p + l);
     }
   }
 }

@@ -68,51 +68,6 @@ cudaError_t sums_by_key(const ScanView<T>& view, const OrderedLists& lists, cons
                                                   scratch, aligned, stream);
 }
 
-// ----------------------------------------------------------------------------------------------------------- kernels
-// alpha of every entry. One warp per (token, head). slope (memories, 2, P): null without addressing loss; memory_terms:
-// null if values_only.
-template <typename Size, typename T>
-__global__ void __launch_bounds__(Size::kThreads)
-    key_steps(ScanView<T> view, Chunk chunk, const int32_t* __restrict__ list_indices,
-              const T* __restrict__ list_scores, const T* __restrict__ p, const double* __restrict__ slope,
-              const int32_t* __restrict__ places, const T* __restrict__ memory_terms, T* __restrict__ alpha) {
-  const int32_t topk = int32_t(view.topk);
-  const int64_t step = int64_t(gridDim.x) * (Size::kThreads / 32), heads = view.tokens(chunk) * view.heads;
-  for (int64_t th = (int64_t(blockIdx.x) * Size::kThreads + threadIdx.x) / 32; th < heads; th += step) {
-    const int64_t memory = view.memory(chunk, uint32_t(th) / uint32_t(view.heads));
-    const int64_t rows = view.addressed_rows_of(chunk, memory);
-    const double factor = rows ? view.addressing_weight / double(rows) : 0.0;
-    for (int half = 0; half < 2; ++half) {
-      const int64_t at = (th * 2 + half) * topk;
-      const int32_t* const ids = list_indices + at;
-      const bool left_out = ids[0] < 0;
-      const double* const u = slope ? slope + (2 * memory + half) * view.num_sub_keys : nullptr;
-      const double mean = u && !left_out ? mean_slope(p + at, ids, u, topk) : 0.0;
-      for (int32_t l = threadIdx.x % 32; l < topk; l += 32) {
-        T sigma = u && !left_out ? T(factor * double(p[at + l]) * (u[ids[l]] - mean)) : T(0);
-        if (memory_terms && !left_out)
-          sigma += sum_at_place(places + th * topk, memory_terms + th * topk, topk, half, l);
-        alpha[at + l] = view.idw && !left_out ? 2 * exp(list_scores[at + l]) * sigma : sigma;
-      }
-    }
-  }
-}
-
-// Sub-keys that nobody looked at: next = keep * present, and their gradient of 0 passes the clamp.
-template <typename Size, typename T>
-__global__ void __launch_bounds__(Size::kThreads)
-    decayed_keys(const T* __restrict__ sub_keys, int64_t n, T keep, bool decays, T* __restrict__ to,
-                 uint8_t* __restrict__ open, int64_t open_bytes, unsigned* error_word) {
-  const int64_t step = int64_t(gridDim.x) * Size::kThreads;
-  for (int64_t i = int64_t(blockIdx.x) * Size::kThreads + threadIdx.x; i < n; i += step) {
-    const T v = decays ? keep * sub_keys[i] : sub_keys[i];
-    to[i] = isfinite(v) ? v : sub_keys[i];
-    if (!isfinite(v)) report(error_word, kOverflow);
-    if (open && i < open_bytes) open[i] = 0xff;
-  }
-}
-
-// ------------------------------------------------------------------------------------------------------------ launch
 template <typename T>
 struct KeyWrite {
   const T* sub_keys;                     // (memories, H, 2, P, K/2) that the chunk was read with
@@ -120,33 +75,74 @@ struct KeyWrite {
   uint8_t* open;                         // (memories, H, 2, P, (K/2 + 7) / 8), or null
   T* loss;                               // (memories): addressing loss of the write
   const int32_t *list_indices, *places;  // (m, H, 2, R), (m, H, R)
-  const T *list_scores, *memory_terms;   // (m, H, 2, R); (m, H, R) or null
-  T *p, *alpha;                          // (m, H, 2, R): workspace
-  double *mean, *slope;                  // (memories, 2, P): workspace
+  const T *list_scores, *memory_terms;   // (m, H, 2, R); (m, H, R), null if values_only
+  const T* p;                            // (m, H, 2, R): address_weights; null without addressing loss
+  T* alpha;                              // (m, H, 2, R): workspace
+  AddressTables tables;                  // workspace: mean and slope
   T* scratch;                            // column_sums_scratch(entries, 2H, K/2)
   unsigned* error_word;
 };
 
+// ------------------------------------------------------------------------------------------------------------- kernel
+// alpha of the entries of a (token, head), by a warp.
+template <typename T>
+__device__ __forceinline__ void entry_steps(const ScanView<T>& view, const Chunk& chunk, const KeyWrite<T>& w,
+                                            int64_t th) {
+  const int32_t topk = int32_t(view.topk);
+  const int64_t memory = view.memory(chunk, uint32_t(th) / uint32_t(view.heads));
+  const int64_t rows = view.addressed_rows_of(chunk, memory);
+  const double factor = rows ? view.addressing_weight / double(rows) : 0.0;
+  for (int half = 0; half < 2; ++half) {
+    const int64_t at = (th * 2 + half) * topk;
+    const int32_t* const ids = w.list_indices + at;
+    const bool left_out = ids[0] < 0;
+    const double* const u = w.p ? w.tables.slope + (2 * memory + half) * view.num_sub_keys : nullptr;
+    const double mean = u && !left_out ? mean_slope(w.p + at, ids, u, topk) : 0.0;
+    for (int32_t l = threadIdx.x % 32; l < topk; l += 32) {
+      T sigma = u && !left_out ? T(factor * double(w.p[at + l]) * (u[ids[l]] - mean)) : T(0);
+      if (w.memory_terms && !left_out)
+        sigma += sum_at_place(w.places + th * topk, w.memory_terms + th * topk, topk, half, l);
+      w.alpha[at + l] = view.idw && !left_out ? 2 * exp(w.list_scores[at + l]) * sigma : sigma;
+    }
+  }
+}
+
+// All that the sums wait for: the loss, alpha, and every sub-key as it becomes if nobody looked at it, for which
+// next = keep * present and the gradient of 0 passes the clamp. 3 blocks: left alone, ptxas spills to make room for
+// more.
+template <typename Size, typename T>
+__global__ void __launch_bounds__(Size::kThreads, 3) key_steps(ScanView<T> view, Chunk chunk, KeyWrite<T> w) {
+  SIMT_SHARED(partial, double[32]);
+  for (int64_t memory = gridDim.x - 1 - blockIdx.x; memory < view.memories.count; memory += gridDim.x) {
+    const T loss =
+        w.p ? addressing_loss<Size>(view, w.tables.mean + memory * 2 * view.num_sub_keys, &partial[0]) : T(0);
+    if (threadIdx.x == 0) w.loss[memory] = loss;
+    __syncthreads();  // before the next sum takes `partial`
+  }
+  const int64_t thread = int64_t(blockIdx.x) * Size::kThreads + threadIdx.x,
+                threads = int64_t(gridDim.x) * Size::kThreads;
+  for (int64_t th = thread / 32; th < view.tokens(chunk) * view.heads; th += threads / 32)
+    entry_steps(view, chunk, w, th);
+  const int64_t rows = view.key_rows(), open_bytes = rows * ((view.half_width + 7) / 8);
+  for (int64_t i = thread; i < rows * view.half_width; i += threads) {
+    const T old = w.sub_keys[i], v = view.decays() ? view.keep * old : old;
+    w.to[i] = isfinite(v) ? v : old;
+    if (!isfinite(v)) report(w.error_word, kOverflow);
+    if (w.open && i < open_bytes) w.open[i] = 0xff;
+  }
+}
+
+// ------------------------------------------------------------------------------------------------------------ launch
 // lists: of the chunk's entries (EntryKeys). `aligned`: rows_are_packs of query, sub_keys, to and scratch.
 template <typename Size = LaunchSize, typename T>
 cudaError_t write_keys(const ScanView<T>& view, const Chunk& chunk, const OrderedLists& lists, const KeyWrite<T>& w,
                        bool aligned, cudaStream_t stream) {
-  const int64_t half = view.half_width, n = view.key_rows() * half, open_bytes = view.key_rows() * ((half + 7) / 8);
-  const int64_t heads = view.tokens(chunk) * view.heads;
-  const bool addressed = view.addressing_weight != 0;
   cudaError_t error = cudaSuccess;
-  if (addressed)
-    error = address_chunk<Size>(view, chunk, lists, w.list_indices, w.list_scores, w.p, w.mean, w.slope,
-                                static_cast<double*>(nullptr), w.loss, stream);
-  else
-    error = fill<Size>(w.loss, view.memories.count, T(0), stream);
-  if (error == cudaSuccess && heads)
-    error = simt::launch(key_steps<Size, T>, blocks_for<Size>(heads, Size::kThreads / 32), Size::kThreads, stream, view,
-                         chunk, w.list_indices, w.list_scores, w.p, addressed ? w.slope : nullptr, w.places,
-                         w.memory_terms, w.alpha);
+  if (w.p) error = address_chunk<Size>(view, chunk, lists, w.p, static_cast<const T*>(nullptr), w.tables, stream);
+  const int64_t warps = std::max(view.tokens(chunk) * view.heads, view.key_rows() * view.half_width / 32);
   if (error == cudaSuccess)
-    error = simt::launch(decayed_keys<Size, T>, blocks_for<Size>(n, Size::kThreads), Size::kThreads, stream, w.sub_keys,
-                         n, view.keep, view.decays(), w.to, w.open, open_bytes, w.error_word);
+    error = simt::launch(key_steps<Size, T>, blocks_for<Size>(warps + 1, Size::kThreads / 32), Size::kThreads, stream,
+                         view, chunk, w);
   if (error != cudaSuccess) return error;
   const NewKeys<T> output{view, w.sub_keys, w.to, w.open, w.error_word};
   const auto sums = [&](const auto& terms) {

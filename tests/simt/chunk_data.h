@@ -81,7 +81,7 @@ struct Data {
   Buffer<T> weights, errors, memory_terms, out, own_weights, losses, p, alpha, new_keys, loss;
   Buffer<uint8_t> good, open_rows, open_keys;
   Buffer<int32_t> read_from, own_indices;
-  Buffer<double> mean, slope, curvature;
+  Buffer<double> mean, slope, curvature, extra;
 
   explicit Data(const Shape& shape)
       : s(shape),
@@ -119,7 +119,8 @@ struct Data {
         own_indices(s.batch * (s.length() - s.carried()) * n),
         mean(s.table()),
         slope(s.table()),
-        curvature(s.table()) {
+        curvature(s.table()),
+        extra(s.table()) {
     each(*this, [](const char*, auto& buffer, auto&) { buffer.clear(kUntouched); });
     error.clear(0);
     newest.clear(0);
@@ -155,6 +156,7 @@ struct Data {
     f("addressing loss", loss, o.loss), f("good", good, o.good), f("open rows", open_rows, o.open_rows);
     f("open keys", open_keys, o.open_keys), f("read from", read_from, o.read_from), f("mean", mean, o.mean);
     f("own indices", own_indices, o.own_indices), f("slope", slope, o.slope), f("curvature", curvature, o.curvature);
+    f("extra", extra, o.extra);
   }
 
   // A newest row in the log for every second slot or so.
@@ -216,6 +218,7 @@ struct Data {
     return at(list / (2 * s.heads)) * 2 * s.heads + list % (2 * s.heads);
   }
   int64_t addressed_rows(int64_t rows) const { return rows * (s.carry() ? s.pairs() : s.chunk_tokens()) * s.heads; }
+  bool addressed() const { return s.addressing_weight != 0; }
   int32_t place_of(int32_t slot) const { return s.in_place || slot < 0 ? -1 : newest[slot] - 1; }
   T decayed(T v, int64_t times) const {
     for (int64_t i = 0; i < times && s.keep != 1; ++i) v *= T(s.keep);

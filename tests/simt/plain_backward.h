@@ -189,6 +189,7 @@ void plain_check(Backward<T>& x) {
       x.slots[t * n + r] = int32_t(slot);
       if (x.b.wanted) x.slots_of_call[s.first_place() + t * n + r] = valid ? slot : 0;
     }
+    if (x.addressed()) plain_address_weights<T>(x, t, !valid);
   }
 }
 
@@ -381,26 +382,11 @@ void plain_directions(Backward<T>& x) {
   }
 }
 
-// sum_entries of addressing.cuh
-template <typename Size, typename T>
-void plain_sums(Backward<T>& x, const Buffer<T>& entries, bool by_half, double factor) {
-  const ListTable lists = key_lists(x);
-  const int64_t keys = x.s.heads * 2 * x.s.sub_keys, apart = by_half ? 2 * x.s.sub_keys : keys;
-  for (int64_t i = 0; i < x.s.memories * apart; ++i) {
-    const int64_t memory = i / apart, rows = by_half ? x.addressed_rows(x.s.rows_of(memory)) : 1;
-    std::vector<double> threads(Size::kThreads);
-    for (int64_t key = memory * keys + i % apart; key < (memory + 1) * keys; key += apart)
-      for (size_t j = 0; j < lists[key].size(); ++j) threads[j % Size::kThreads] += double(entries[lists[key][j]]);
-    x.sum[i] = (rows ? factor / double(rows) : 0) * block_sum(threads);
-  }
-}
-
 template <typename Size, typename T>
 void plain_key_gradients(Backward<T>& x) {
   const Shape& s = x.s;
   const int64_t topk = s.topk, half = s.half_width, lists = 2 * x.m * s.heads;
   if (lists == 0) return;
-  if (x.addressed()) plain_address<Size>(x), x.loss.clear(kUntouched);
   const auto lane_sum = [&](auto zero, int64_t at, const auto& f) {  // of P f
     decltype(zero) lanes[32] = {};
     for (int64_t l = 0; l < topk; ++l) lanes[l % 32] = std::fma(decltype(zero)(x.p[at + l]), f(l), lanes[l % 32]);
@@ -409,10 +395,9 @@ void plain_key_gradients(Backward<T>& x) {
   const auto mean_direction = [&](int64_t at) {
     return lane_sum(T(0), at, [&](int64_t l) { return x.directions[at + l]; });
   };
-  if (x.addressed() && x.through()) {
-    for (int64_t l = 0; l < lists * topk; ++l) x.beta[l] = x.p[l] * (x.directions[l] - mean_direction(l / topk * topk));
-    plain_sums<Size>(x, x.beta, true, s.addressing_weight);
-  }
+  for (int64_t l = 0; l < lists * topk && x.addressed() && x.through(); ++l)
+    x.beta[l] = x.p[l] * (x.directions[l] - mean_direction(l / topk * topk));
+  if (x.addressed()) plain_tables<Size, T>(x, x.through() ? x.beta.get() : nullptr);
   for (int64_t list = 0; list < lists; ++list) {
     const int64_t at = list * topk, reads = list / 2 * topk;
     const bool left_out = x.left_out(list / (2 * s.heads));
@@ -424,7 +409,7 @@ void plain_key_gradients(Backward<T>& x) {
     const T mean_t = addressed && x.through() ? mean_direction(at) : T(0);
     const auto dp = [&](int64_t l) {
       return std::fma(factor * double(x.directions[at + l] - mean_t), x.slope[j(l)] - mean_u,
-                      x.sum[j(l)] * x.curvature[j(l)] / rows);
+                      x.extra[j(l)] * x.curvature[j(l)] / rows);
     };
     const double mean_dp = addressed && x.through() ? lane_sum(0.0, at, dp) : 0;
     for (int64_t l = 0; l < topk; ++l) {
@@ -460,8 +445,12 @@ void plain_key_gradients(Backward<T>& x) {
       if (x.through()) dq += through;
     }
   }
-  if (s.idw && x.through()) plain_sums<Size>(x, x.alpha, false, 1.0);
   const ListTable table = key_lists(x);
+  for (int64_t key = 0; key < s.key_rows() && s.idw && x.through(); ++key) {
+    std::vector<double> threads(Size::kThreads);
+    for (size_t j = 0; j < table[key].size(); ++j) threads[j % Size::kThreads] += double(x.alpha[table[key][j]]);
+    x.sum[key] = block_sum(threads);
+  }
   for (int64_t key = 0; key < s.key_rows(); ++key)
     for (int64_t c = 0; c < half && !table[key].empty(); ++c) {
       T& element = x.dsub_keys[key * half + c];

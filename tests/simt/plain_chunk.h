@@ -92,6 +92,18 @@ void plain_through_weights(Activation f, T temperature, const std::vector<T>& a,
   }
 }
 
+// P of the lists of token t.
+template <typename T>
+void plain_address_weights(Data<T>& d, int64_t t, bool left_out) {
+  const int64_t topk = d.s.topk;
+  const bool counts = !left_out && (!d.s.carry() || d.in_pairs(t));
+  for (int64_t l = 2 * t * d.n; l < 2 * (t + 1) * d.n; l += topk) {
+    const T* const z = &d.list_scores[l];
+    const T sum = sum_of<T>(topk, [&](int64_t i) { return std::exp(z[i] - z[0]); });
+    for (int64_t i = 0; i < topk; ++i) d.p[l + i] = counts ? std::exp(z[i] - z[0]) / sum : T(0);
+  }
+}
+
 template <typename Size, typename T>
 void plain_read(Data<T>& d) {
   const Shape& s = d.s;
@@ -105,6 +117,7 @@ void plain_read(Data<T>& d) {
       std::fill_n(&d.slots[t * n], n, -1);
       std::fill_n(&d.list_indices[2 * t * n], 2 * n, -1);
     }
+    if (d.addressed()) plain_address_weights(d, t, odd);
     const int32_t* const slots = &d.slots[t * n];
     std::copy_n(a.begin(), n, &d.weights[t * n]);
     for (int64_t r = 0; r < n && !s.in_place; ++r) d.read_from[t * n + r] = d.place_of(slots[r]);
@@ -222,33 +235,38 @@ void plain_rows(Data<T>& d) {
       decay_or_keep(d, d.log[e * width + c], s.before - s.writer(e));
 }
 
+// The tables of the addressing loss; extra: numbers of the entries.
 template <typename Size, typename T>
-void plain_address(Data<T>& d) {
+void plain_tables(Data<T>& d, const T* extra) {
   const Shape& s = d.s;
   const int64_t table = 2 * s.sub_keys;
-  for (int64_t l = 0; l < 2 * d.m * d.n; l += s.topk) {
-    const T* const z = &d.list_scores[l];
-    const bool counts = d.list_indices[l] >= 0 && (!s.carry() || d.in_pairs(l / (2 * d.n)));
-    const T sum = sum_of<T>(s.topk, [&](int64_t i) { return std::exp(z[i] - z[0]); });
-    for (int64_t i = 0; i < s.topk; ++i) d.p[l + i] = counts ? std::exp(z[i] - z[0]) / sum : T(0);
-  }
   const ListTable lists = key_lists(d);
-  for (int64_t memory = 0; memory < s.memories; ++memory) {
-    std::vector<double> terms(Size::kThreads);
-    const int64_t rows = d.addressed_rows(s.rows_of(memory));
-    for (int64_t i = memory * table; i < (memory + 1) * table; ++i) {
+  for (int64_t i = 0; i < s.memories * table; ++i) {
+    const int64_t memory = i / table, rows = d.addressed_rows(s.rows_of(memory));
+    const auto sum_of_entries = [&](const T* x) {
       std::vector<double> threads(Size::kThreads);
       for (int64_t h = 0, key = (memory * s.heads * 2 * s.sub_keys) + i % table; h < s.heads; ++h, key += table)
-        for (size_t j = 0; j < lists[key].size(); ++j) threads[j % Size::kThreads] += double(d.p[lists[key][j]]);
-      const double mean = (rows ? 1 / double(rows) : 0) * block_sum(threads), floored = mean + kLogFloor;
-      d.mean[i] = mean;
-      d.slope[i] = std::log(floored) + mean / floored;
-      d.curvature[i] = 1 / floored + kLogFloor / (floored * floored);
-      double& sum = terms[i % table % Size::kThreads];
-      sum = std::fma(mean, std::log(floored), sum);
-    }
-    d.loss[memory] = T(s.addressing_weight * block_sum(terms));
+        for (size_t j = 0; j < lists[key].size(); ++j) threads[j % Size::kThreads] += double(x[lists[key][j]]);
+      return block_sum(threads);
+    };
+    const double mean = (rows ? 1 / double(rows) : 0) * sum_of_entries(d.p.get()), floored = mean + kLogFloor;
+    d.mean[i] = mean;
+    d.slope[i] = std::log(floored) + mean / floored;
+    d.curvature[i] = 1 / floored + kLogFloor / (floored * floored);
+    if (extra) d.extra[i] = (rows ? s.addressing_weight / double(rows) : 0) * sum_of_entries(extra);
   }
+}
+
+template <typename Size, typename T>
+T plain_addressing_loss(Data<T>& d, int64_t memory) {
+  const int64_t table = 2 * d.s.sub_keys;
+  std::vector<double> threads(Size::kThreads);
+  for (int64_t i = 0; i < table; ++i) {
+    const double mean = d.mean[memory * table + i];
+    double& sum = threads[i % Size::kThreads];
+    sum = std::fma(mean, std::log(mean + kLogFloor), sum);
+  }
+  return T(d.s.addressing_weight * block_sum(threads));
 }
 
 template <typename Size, typename T>
@@ -256,8 +274,8 @@ void plain_keys(Data<T>& d) {
   const Shape& s = d.s;
   const bool addressed = s.addressing_weight != 0;
   const int64_t half = s.half_width;
-  for (int64_t i = 0; i < s.memories; ++i) d.loss[i] = 0;
-  if (addressed) plain_address<Size>(d);
+  if (addressed) plain_tables<Size, T>(d, nullptr);
+  for (int64_t i = 0; i < s.memories; ++i) d.loss[i] = addressed ? plain_addressing_loss<Size>(d, i) : T(0);
   d.curvature.clear(kUntouched);
   for (int64_t list = 0; list < 2 * d.m * s.heads; ++list) {
     const int64_t at = list * s.topk, reads = list / 2 * s.topk;

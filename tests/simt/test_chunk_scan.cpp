@@ -21,6 +21,8 @@ cudaError_t run_read(Data<T>& d) {
                        .scores = d.scores.get(),
                        .slots = d.slots.get(),
                        .list_indices = d.list_indices.get(),
+                       .list_scores = d.list_scores.get(),
+                       .p = d.addressed() ? d.p.get() : nullptr,
                        .weights = d.weights.get(),
                        .errors = d.errors.get(),
                        .good = d.good.get(),
@@ -73,9 +75,9 @@ cudaError_t run_rows(Data<T>& d) {
 
 template <typename Size, typename T>
 cudaError_t run_address(Data<T>& d) {
-  return address_chunk<Size>(d.view(), d.chunk(), Lists(key_lists(d), 2 * d.m * d.n), d.list_indices.get(),
-                             d.list_scores.get(), d.p.get(), d.mean.get(), d.slope.get(), d.curvature.get(),
-                             d.loss.get(), nullptr);
+  const AddressTables tables{d.mean.get(), d.slope.get(), d.curvature.get(), d.extra.get()};
+  return address_chunk<Size>(d.view(), d.chunk(), Lists(key_lists(d), 2 * d.m * d.n), d.p.get(), d.list_scores.get(),
+                             tables, nullptr);
 }
 
 template <typename Size, typename T>
@@ -94,15 +96,19 @@ cudaError_t run_keys(Data<T>& d) {
                           .places = d.places.get(),
                           .list_scores = d.list_scores.get(),
                           .memory_terms = s.values_only ? nullptr : d.memory_terms.get(),
-                          .p = d.p.get(),
+                          .p = d.addressed() ? d.p.get() : nullptr,
                           .alpha = d.alpha.get(),
-                          .mean = d.mean.get(),
-                          .slope = d.slope.get(),
+                          .tables = {d.mean.get(), d.slope.get(), nullptr, nullptr},
                           .scratch = scratch.get(),
                           .error_word = d.error.get()};
   return write_keys<Size>(
       d.view(), d.chunk(), Lists(key_lists(d), entries), write,
       rows_are_packs<T>(s.half_width, d.query.get(), d.sub_keys.get(), d.new_keys.get(), scratch.get()), nullptr);
+}
+
+template <typename Size, typename T>
+void plain_address(Data<T>& d) {
+  plain_tables<Size, T>(d, d.list_scores.get());
 }
 
 // ------------------------------------------------------------------------------------------------------------- cases

@@ -23,8 +23,9 @@ RowGradients<T> table_of(Backward<T>& x) {
 template <typename Size, typename T>
 cudaError_t run_check(Backward<T>& x) {
   return check_reads<Size>(x.view(), x.chunk(), x.s.places(), x.saved_indices.get(), x.places.get(), x.read_from.get(),
-                           x.list_indices.get(), x.slots.get(),
-                           x.b.wanted ? x.slots_of_call.get() + x.s.first_place() : nullptr, x.error.get(), nullptr);
+                           x.list_scores.get(), x.list_indices.get(), x.slots.get(),
+                           x.b.wanted ? x.slots_of_call.get() + x.s.first_place() : nullptr,
+                           x.addressed() ? x.p.get() : nullptr, x.error.get(), nullptr);
 }
 
 template <typename Size, typename T>
@@ -119,9 +120,7 @@ cudaError_t run_keys(Backward<T>& x) {
                              .alpha = x.alpha.get(),
                              .beta = x.beta.get(),
                              .p = x.p.get(),
-                             .mean = x.mean.get(),
-                             .slope = x.slope.get(),
-                             .curvature = x.curvature.get(),
+                             .tables = {x.mean.get(), x.slope.get(), x.curvature.get(), x.extra.get()},
                              .sum = x.sum.get(),
                              .scratch = scratch.get()};
   const bool aligned = rows_are_packs<T>(s.half_width, x.query.get(), keys.dquery, keys.sub_keys, keys.dsub_keys,

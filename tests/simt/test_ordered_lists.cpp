@@ -71,6 +71,30 @@ Run make_lists(int32_t n, int32_t num_keys, bool invalid) {
   };
 }
 
+// find_list of every key that may occur, one warp each.
+__global__ void find_lists(OrderedLists lists, Places* found) {
+  const Places places = find_list(lists, int32_t(blockIdx.x));
+  if (threadIdx.x == 0) found[blockIdx.x] = places;
+}
+
+// end_of_list from places near and far, and find_list.
+Run make_search(int32_t n, int32_t num_keys) {
+  const auto d = std::make_shared<Data<int32_t>>(n, num_keys, true, 1);
+  return [=]() -> std::string {
+    const OrderedLists lists{n, num_keys, d->key.data(), d->entry.data(), d->begin.data()};
+    Buffer<Places> found(size_t(num_keys) + 1);
+    if (simt::launch(find_lists, unsigned(num_keys) + 1, 32, nullptr, lists, found.get())) return "launch";
+    for (int32_t k = 0; k <= num_keys; ++k) {
+      const auto [begin, end] = std::equal_range(d->key.begin(), d->key.end(), k);
+      const int32_t first = int32_t(begin - d->key.begin()), last = int32_t(end - d->key.begin());
+      if (found[k].begin != first || found[k].end != last) return "list " + std::to_string(k);
+      for (const int32_t from : {0, first / 2, first, (first + last) / 2, last})
+        if (end_of_list(lists, k, from) != last) return "end " + std::to_string(k);
+    }
+    return "";
+  };
+}
+
 // Two at once.
 template <typename Size>
 Run make_two(int32_t n, int32_t num_keys, int32_t other_n, int32_t other_keys) {
@@ -111,6 +135,12 @@ const Register kCases({
     {"ordered_lists_two_in_block", [] { return make_two<InBlock>(400, 70000, 512, 9); }},
     {"ordered_lists_too_many_for_a_block", [] { return make_two<InBlock>(400, 70000, 513, 9); }},
     {"ordered_lists_none_in_block", [] { return make_two<InBlock>(0, 7, 40, 9); }},
+    {"find_lists", [] { return make_search(3000, 7); }},
+    {"find_lists_short", [] { return make_search(1100, 900); }},
+    {"find_lists_32", [] { return make_search(32, 3); }},
+    {"find_lists_33", [] { return make_search(33, 40); }},
+    {"find_lists_of_one", [] { return make_search(1, 2); }},
+    {"find_lists_none", [] { return make_search(0, 2); }},
     {"small_ordered_lists", [] { return make_lists<Small, int32_t>(300, 300, true); }},
     {"small_many_tiles", [] { return make_lists<ManyTiles, int32_t>(300, 40, true); }},
     {"small_in_block", [] { return make_two<InBlock>(300, 2000, 200, 40); }},
