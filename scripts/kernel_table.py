@@ -29,8 +29,7 @@ FOR_OCCUPANCY = (
     "(threads, 1) it takes more registers and spills nothing. Which is faster has not been measured"
 )
 SPILLS = dict.fromkeys(
-    ("add_to_query", "address_weights", "checked_reads", "find_similarities", "key_factors", "key_steps",
-     "read_tokens", "take_best_and_combine"), FOR_OCCUPANCY,
+    ("add_to_query", "checked_reads", "key_factors"), FOR_OCCUPANCY,
 )  # fmt: skip
 
 

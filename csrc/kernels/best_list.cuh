@@ -110,23 +110,23 @@ class BestList {
 };
 
 // What find_best leaves over, in shared memory of the warp.
-template <typename T, typename Index>
+template <typename T>
 struct Candidates {
   static constexpr int kMost = 64;
   T score[kMost];
-  Index index[kMost];
+  int32_t index[kMost];
 };
 
 // The R best of n candidates, candidate(j, score, index) for j in [0, n); put(place, score, index) gets them, each from
 // one lane. Each lane has the largest score of its share. The R-th largest of these is reached by R candidates, so that
 // only those that reach it are looked at; their ranks are counted. All lanes call it together.
-template <int kPerLane, typename Index, typename T, typename Candidate, typename Put>
-__device__ __forceinline__ void find_best(int n, int topk, const Candidate& candidate, Candidates<T, Index>& left,
+template <int kPerLane, typename T, typename Candidate, typename Put>
+__device__ __forceinline__ void find_best(int n, int topk, const Candidate& candidate, Candidates<T>& left,
                                           const Put& put) {
-  using Left = Candidates<T, Index>;
+  using Left = Candidates<T>;
   const int lane = threadIdx.x % 32;
   T score = 0;
-  Index index = 0;
+  int32_t index = 0;
   if (topk <= 32) {
     T largest = T(-INFINITY);
 #pragma unroll 8
@@ -164,7 +164,7 @@ __device__ __forceinline__ void find_best(int n, int topk, const Candidate& cand
       return;
     }
   }
-  BestList<T, Index, kPerLane> best(topk);
+  BestList<T, int32_t, kPerLane> best(topk);
   for (int first = 0; first < n; first += 32) {
     const bool exists = first + lane < n;
     candidate(exists ? first + lane : 0, score, index);

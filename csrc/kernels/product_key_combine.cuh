@@ -22,46 +22,81 @@ __device__ __forceinline__ int32_t first_slot(const TokenRows& rows, int64_t tok
   return int32_t(rows.memory(token)) * num_sub_keys * num_sub_keys;
 }
 
+// The sums that may be among the R best, in shared memory of the warp. Random lists leave over up to 2.6 R of them on
+// average.
+template <int kPerLane, typename T>
+struct LeftSums {
+  static constexpr int kMost = kPerLane == 1 ? 128 : 448;
+  T score[kMost];
+  int32_t pair[kMost];  // i * R + j of the places in both lists
+};
+
 // By one warp. indices and list_scores: (2, R), in global or shared memory.
 template <int kPerLane, typename T>
 __device__ __forceinline__ void combine_lists(const int32_t* indices, const T* list_scores, int64_t num_sub_keys,
-                                              int topk, Candidates<T, int64_t>& left, const Combination<T>& to,
+                                              int topk, LeftSums<kPerLane, T>& left, const Combination<T>& to,
                                               unsigned* errors) {
-  constexpr int kFew = 16;  // more: their R*R sums are too many to look at all
+  constexpr int kMost = LeftSums<kPerLane, T>::kMost;
   const int lane = threadIdx.x % 32;
   bool bad = indices[0] < 0 || indices[topk] < 0, finite = true;
-  const auto sum = [&](int32_t pair, T& score, int64_t& index) {  // index: the slot, then 32 bits of the pair
-    const int32_t i = pair / topk, j = pair - i * topk;
-    score = list_scores[i] + list_scores[topk + j];
-    index = (indices[i] * num_sub_keys + indices[topk + j]) << 32 | pair;
+  const auto slot = [&](int32_t pair) {
+    const int32_t i = pair / topk;
+    return indices[i] * num_sub_keys + indices[topk + pair - i * topk];
   };
-  const auto put = [&](int place, T score, int64_t index) {
+  const auto put = [&](int place, T score, int32_t pair) {
     finite &= bool(isfinite(score));
-    to.slots[place] = to.first_slot + int32_t(index >> 32);
+    to.slots[place] = to.first_slot + int32_t(slot(pair));
     to.scores[place] = score;
-    if (to.places) to.places[place] = int32_t(index & 0xffffffff);
+    if (to.places) to.places[place] = pair;
   };
-  if (!bad && topk <= kFew) {
-    find_best<kPerLane, int64_t>(topk * topk, topk, sum, left, put);
-  } else if (!bad) {
-    // Pairs come 32 at a time, row by row. Both lists fall, so nothing is missed where the rest of a row, or of all
-    // rows, is left out for being lower than the R-th sum so far.
-    BestList<T, int64_t, kPerLane> best(topk);
-    for (int32_t pair = 0; pair < topk * topk;) {
-      const int32_t j = pair % topk;
-      if (list_scores[pair / topk] + list_scores[topk + j] < best.lowest_score()) {
-        if (j == 0) break;
-        pair += topk - j;
-        continue;
-      }
-      T score;
-      int64_t index;
-      const bool exists = pair + lane < topk * topk;
-      sum(exists ? pair + lane : pair, score, index);
-      best.offer(score, index, exists);
-      pair += 32;
+  // Both lists fall, so the (i + 1) (j + 1) sums of places up to i and j are at least the one of i and j. The R best
+  // reach every such sum that has R of them; in each row of sums, those that do come first.
+  int count = 0;
+  if (!bad) {
+    T least = T(-INFINITY);
+    for (int i = lane; i < topk; i += 32) {
+      const T sum = list_scores[i] + list_scores[topk + (topk - 1) / (i + 1)];
+      if (sum > least) least = sum;
     }
-    best.for_each(put);
+    least = warp_max(least);
+    for (int first = 0; first < topk; first += 32) {
+      const int i = first + lane;
+      int low = 0, high = i < topk ? topk : 0;  // of the first sum of row i that does not reach it
+      while (low < high) {
+        const int middle = (low + high) / 2;
+        if (list_scores[i] + list_scores[topk + middle] >= least)
+          low = middle + 1;
+        else
+          high = middle;
+      }
+      const int up_to = inclusive_sum(low, lane), before = count + up_to - low;
+      for (int j = 0; j < low && before + j < kMost; ++j) {
+        left.score[before + j] = list_scores[i] + list_scores[topk + j];
+        left.pair[before + j] = i * topk + j;
+      }
+      count += __shfl_sync(kFullWarp, up_to, 31);
+    }
+    __syncwarp();  // left
+  }
+  if (count <= kMost) {
+    for (int i = lane; i < count; i += 32) {
+      const T score = left.score[i];
+      int better = 0;
+      for (int j = 0; j < count; ++j) {
+        better += left.score[j] > score;
+        if (left.score[j] == score && j != i) better += slot(left.pair[j]) < slot(left.pair[i]);
+      }
+      if (better < topk) put(better, score, left.pair[i]);
+    }
+    __syncwarp();  // left has been read
+  } else {         // many are equal
+    BestList<T, int64_t, kPerLane> best(topk);
+    for (int32_t first = 0; first < topk * topk; first += 32) {
+      const bool exists = first + lane < topk * topk;
+      const int32_t pair = exists ? first + lane : 0, i = pair / topk;
+      best.offer(list_scores[i] + list_scores[topk + pair - i * topk], slot(pair) << 32 | pair, exists);
+    }
+    best.for_each([&](int place, T score, int64_t index) { put(place, score, int32_t(index & 0xffffffff)); });
   }
   bad |= __ballot_sync(kFullWarp, !finite) != 0;
   if (!bad) return;

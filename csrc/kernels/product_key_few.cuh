@@ -92,14 +92,14 @@ __global__ void __launch_bounds__(Size::kThreads)
 // The list of one half, by one warp; to global memory, and to shared memory for the combination.
 template <bool kIdw, int kPerLane, typename T>
 __device__ __forceinline__ void take_best(const T* similarities, int32_t num_sub_keys, int topk, T eps,
-                                          Candidates<T, int32_t>& left, int32_t* list_indices, T* list_scores,
-                                          int32_t* indices, T* scores, unsigned* errors) {
+                                          Candidates<T>& left, int32_t* list_indices, T* list_scores, int32_t* indices,
+                                          T* scores, unsigned* errors) {
   const int lane = threadIdx.x % 32;
   bool finite = true;
 #pragma unroll 8
   for (int32_t j = lane; j < num_sub_keys; j += 32) finite &= bool(isfinite(similarities[j]));
   if (!__ballot_sync(kFullWarp, !finite))
-    find_best<kPerLane, int32_t>(
+    find_best<kPerLane>(
         num_sub_keys, topk,
         [&](int32_t j, T& score, int32_t& index) {
           score = similarities[j];
@@ -130,10 +130,10 @@ __global__ void __launch_bounds__(64)
                           int32_t* __restrict__ places, int32_t* __restrict__ slots, T* __restrict__ scores,
                           unsigned* errors) {
   constexpr int kMost = 32 * kPerLane;
-  using Left = Candidates<T, int32_t>;
-  using LeftSums = Candidates<T, int64_t>;
+  using Left = Candidates<T>;
+  using Sums = LeftSums<kPerLane, T>;
   SIMT_SHARED(left, Left[2]);
-  SIMT_SHARED(left_sums, LeftSums);
+  SIMT_SHARED(left_sums, Sums);
   SIMT_SHARED(best_indices, int32_t[2 * kMost]);
   SIMT_SHARED(best_scores, T[2 * kMost]);
   const int half = threadIdx.x / 32;
@@ -144,10 +144,10 @@ __global__ void __launch_bounds__(64)
                               &best_scores[half * topk], errors);
     __syncthreads();  // both lists
     if (half == 0)
-      combine_lists<kPerLane>(&best_indices[0], &best_scores[0], num_sub_keys, topk, left_sums,
-                              Combination<T>{first_slot(rows, n / heads, num_sub_keys),
-                                             places ? places + n * topk : nullptr, slots + n * topk, scores + n * topk},
-                              errors);
+      combine_lists(&best_indices[0], &best_scores[0], num_sub_keys, topk, left_sums,
+                    Combination<T>{first_slot(rows, n / heads, num_sub_keys), places ? places + n * topk : nullptr,
+                                   slots + n * topk, scores + n * topk},
+                    errors);
     __syncthreads();  // the lists have been read
   }
 }

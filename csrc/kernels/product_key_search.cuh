@@ -181,21 +181,20 @@ __global__ void __launch_bounds__(Size::kThreads, 2)
   }
 }
 
-// One warp per token and head.
+// One warp per token and head. 3 blocks: left alone, ptxas spills to make room for more.
 template <typename Size, int kPerLane, typename T>
-__global__ void __launch_bounds__(Size::kThreads)
+__global__ void __launch_bounds__(Size::kThreads, 3)
     combine(const int32_t* __restrict__ list_indices, const T* __restrict__ list_scores, TokenRows rows, int64_t heads,
             int32_t num_sub_keys, int topk, int32_t* __restrict__ places, int32_t* __restrict__ slots,
             T* __restrict__ scores, unsigned* errors) {
-  using Left = Candidates<T, int64_t>;
+  using Left = LeftSums<kPerLane, T>;
   SIMT_SHARED(left, Left[Size::kThreads / 32]);
   const int64_t step = int64_t(gridDim.x) * (Size::kThreads / 32);
   for (int64_t n = (int64_t(blockIdx.x) * Size::kThreads + threadIdx.x) / 32; n < rows.count * heads; n += step)
-    combine_lists<kPerLane>(list_indices + n * 2 * topk, list_scores + n * 2 * topk, num_sub_keys, topk,
-                            left[threadIdx.x / 32],
-                            Combination<T>{first_slot(rows, n / heads, num_sub_keys),
-                                           places ? places + n * topk : nullptr, slots + n * topk, scores + n * topk},
-                            errors);
+    combine_lists(list_indices + n * 2 * topk, list_scores + n * 2 * topk, num_sub_keys, topk, left[threadIdx.x / 32],
+                  Combination<T>{first_slot(rows, n / heads, num_sub_keys), places ? places + n * topk : nullptr,
+                                 slots + n * topk, scores + n * topk},
+                  errors);
 }
 
 // ------------------------------------------------------------------------------------------------------------ launch
