@@ -49,16 +49,21 @@ __device__ __forceinline__ void combine_lists(const int32_t* indices, const T* l
     to.scores[place] = score;
     if (to.places) to.places[place] = pair;
   };
-  // Both lists fall, so the (i + 1) (j + 1) sums of places up to i and j are at least the one of i and j. The R best
-  // reach every such sum that has R of them; in each row of sums, those that do come first.
-  int count = 0;
-  if (!bad) {
+  // Where both lists fall, the (i + 1) (j + 1) sums of places up to i and j are at least the one of i and j. The R best
+  // reach every such sum that has R of them; in each row of sums, those that do come first. Scores that are logarithms
+  // may miss falling by a rounding.
+  bool falls = true;
+  for (int l = lane; l < 2 * topk; l += 32) falls &= l % topk == 0 || list_scores[l - 1] >= list_scores[l];
+  falls = __ballot_sync(kFullWarp, !falls) == 0;
+  int count = bad ? 0 : kMost + 1;
+  if (!bad && falls) {
     T least = T(-INFINITY);
     for (int i = lane; i < topk; i += 32) {
       const T sum = list_scores[i] + list_scores[topk + (topk - 1) / (i + 1)];
       if (sum > least) least = sum;
     }
     least = warp_max(least);
+    count = 0;
     for (int first = 0; first < topk; first += 32) {
       const int i = first + lane;
       int low = 0, high = i < topk ? topk : 0;  // of the first sum of row i that does not reach it
@@ -89,7 +94,7 @@ __device__ __forceinline__ void combine_lists(const int32_t* indices, const T* l
       if (better < topk) put(better, score, left.pair[i]);
     }
     __syncwarp();  // left has been read
-  } else {         // many are equal
+  } else {         // many are equal, or a list does not fall: look at all
     BestList<T, int64_t, kPerLane> best(topk);
     for (int32_t first = 0; first < topk * topk; first += 32) {
       const bool exists = first + lane < topk * topk;

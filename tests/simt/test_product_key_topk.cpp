@@ -210,6 +210,43 @@ Run make_search(Shape s) {
   };
 }
 
+// The combination alone, of lists that rounding keeps from falling: two neighbours stand the wrong way round.
+template <typename Size, int kPerLane, typename T>
+Run make_combine(Shape s) {
+  Random random;
+  const int64_t reads = s.tokens * s.heads * s.topk;
+  const auto indices = std::make_shared<Buffer<int32_t>>(2 * reads);
+  const auto list_scores = std::make_shared<Buffer<T>>(2 * reads);
+  for (int64_t l = 0; l < 2 * reads; ++l) {
+    const int64_t r = l % s.topk;
+    (*indices)[l] = int32_t((r * 7 + l / s.topk) % s.sub_keys);
+    (*list_scores)[l] = (r ? (*list_scores)[l - 1] : T(1)) - T(random.below(3)) / 4;  // with ties
+  }
+  for (int64_t list = 0; list < 2 * reads / s.topk; list += 3)
+    std::swap((*list_scores)[list * s.topk], (*list_scores)[list * s.topk + s.topk - 1]);
+  return [=]() -> std::string {
+    Buffer<int32_t> places(reads), slots(reads);
+    Buffer<T> scores(reads);
+    Buffer<unsigned> errors(1);
+    errors.clear(0);
+    if (simt::launch(combine<Size, kPerLane, T>, blocks_for<Size>(s.tokens * s.heads, Size::kThreads / 32),
+                     Size::kThreads, nullptr, indices->get(), list_scores->get(), s.rows(nullptr), s.heads,
+                     int32_t(s.sub_keys), int(s.topk), places.get(), slots.get(), scores.get(), &errors[0]))
+      return "launch";
+    std::vector<int32_t> its_places(s.topk), its_slots(s.topk);
+    std::vector<T> its_scores(s.topk);
+    for (int64_t n = 0; n < s.tokens * s.heads; ++n) {
+      combine_list(s, n / s.heads, indices->get() + 2 * n * s.topk, list_scores->get() + 2 * n * s.topk,
+                   its_places.data(), its_slots.data(), its_scores.data());
+      for (int64_t r = 0; r < s.topk; ++r)
+        if (slots[n * s.topk + r] != its_slots[r] || places[n * s.topk + r] != its_places[r] ||
+            scores[n * s.topk + r] != its_scores[r])
+          return "read " + std::to_string(r) + " of " + std::to_string(n);
+    }
+    return expect(errors[0] == 0, "error word");
+  };
+}
+
 // More reads than a list has places.
 template <typename T>
 Run make_too_many() {
@@ -478,6 +515,8 @@ const Register kCases({
      [] {
        return make_search<SmallFilterMany, float>({35, 1, 150, 20, 4, kIdw, Numbers::kReal, 0, 0, 0, 0, true, 1});
      }},
+    {"combine_not_falling", [] { return make_combine<SmallFew, 1, float>({7, 2, 41, 1, 5}); }},
+    {"combine_not_falling_40_reads", [] { return make_combine<SmallFew, 4, double>({3, 2, 43, 1, 40}); }},
     {"search_too_many_reads", [] { return make_too_many<float>(); }},
     {"small_search_few", [] { return make_search<SmallFew, float>({17, 1, 70, 36, 2}); }},
     {"small_search_many", [] { return make_search<SmallMany, float>({33, 1, 130, 20, 2, kIdw}); }},
