@@ -120,6 +120,7 @@ struct Candidates {
 // The R best of n candidates, candidate(j, score, index) for j in [0, n); put(place, score, index) gets them, each from
 // one lane. Each lane has the largest score of its share. The R-th largest of these is reached by R candidates, so that
 // only those that reach it are looked at; their ranks are counted. All lanes call it together.
+// `left` may be used again after a barrier.
 template <int kPerLane, typename T, typename Candidate, typename Put>
 __device__ __forceinline__ void find_best(int n, int topk, const Candidate& candidate, Candidates<T>& left,
                                           const Put& put) {
@@ -160,7 +161,6 @@ __device__ __forceinline__ void find_best(int n, int topk, const Candidate& cand
         for (int j = 0; j < count; ++j) better += is_before(left.score[j], left.index[j], left.score[i], left.index[i]);
         if (better < topk) put(better, left.score[i], left.index[i]);
       }
-      __syncwarp();  // left has been read
       return;
     }
   }

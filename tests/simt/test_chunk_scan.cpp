@@ -315,6 +315,8 @@ const Register kCases({
      }},
     {"keys_memories_no_addressing",
      [] { return keys<Small, double>({.batch = 3, .idw = kYes, .addressing_weight = 0, .memories = 3}); }},
+    {"small_keys_memories",
+     [] { return keys<OneBlock, float>({.topk = 2, .sub_keys = 2, .half_width = 3, .batch = 3, .memories = 3}); }},
     {"keys_hot",
      [] {
        return keys<Small, float>({.topk = 1,
