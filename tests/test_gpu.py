@@ -282,7 +282,9 @@ def test_an_index_out_of_range_gives_nan_and_is_reported(index):
 def test_a_query_that_is_not_finite_harms_its_own_token_alone(wrong):
     """Its token reads NaN and writes nothing; nothing that is not finite gets into the memory."""
     values, sub_keys, query, target, gate, _ = make(T=8)
-    query[1, 3, 0, 2] = wrong
+    query[1, 3, 0, 2] = wrong  # of one head and half
+    whole = query.clone()
+    whole[1, 3] = torch.nan
     fwpkm_cuda.product_key_topk(query, sub_keys, 3)
     assert "NaN or infinite" in reported()
     for scan in (in_place, functional):
@@ -292,6 +294,8 @@ def test_a_query_that_is_not_finite_harms_its_own_token_alone(wrong):
         assert nan[1, 3].all() and nan.sum() == nan[1, 3].numel()
         assert result.values.isfinite().all() and result.sub_keys.isfinite().all()
         assert not torch.equal(result.values, values)
+        assert_same_bits(result[3:], scan(values, sub_keys, whole, target, gate, **OPTIONS)[3:], "it is left out")
+        assert "NaN or infinite" in reported()
 
 
 def test_a_target_that_is_not_finite_reaches_no_memory():

@@ -96,6 +96,12 @@ def test_every_cuda_operator_is_in_the_library(library):
     assert python(library("simt_ops"), "-c", code).splitlines() == [f"{name} 1 0" for name in names]
 
 
+def test_every_wait_between_streams_is_there_and_needed(library):
+    # What is freed or new holds rubbish, and not what the same call has left there.
+    words = python(library("simt_ops"), ROOT / "tests" / "simt" / "streams.py", MALLOC_PERTURB_="85")
+    assert words.count("needs its waits") == 3
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("file", SANITIZED)
 def test_the_cuda_operators_under_sanitizers(library, file):

@@ -7,6 +7,7 @@
 #include "cuda/errors.h"
 #include "cuda/scan.h"
 #include "cuda/search.h"
+#include "cuda/side_stream.h"
 #include "kernels/read_chunk.cuh"
 #include "kernels/write_keys.cuh"
 #include "kernels/write_rows.cuh"
@@ -33,7 +34,8 @@ class ForwardScan {
         sub_keys_(const_cast<T*>(in.sub_keys.const_data_ptr<T>())),
         keys_(sub_keys_),
         log_(in_place ? nullptr : r.new_rows.mutable_data_ptr<T>()),
-        versions_(versions_of<T>(s, o, values_, log_)) {
+        versions_(versions_of<T>(s, o, values_, log_)),
+        side_(stream, s.writes > 0) {
     int64_t most = 0;  // tokens of a chunk
     for (const Step& step : s.steps) most = std::max(most, s.batch * step.tokens());
     const int64_t n = s.reads_per_token();
@@ -52,44 +54,40 @@ class ForwardScan {
     if (s.writes == 0) return;
     errors_ = buffer(most * s.width, type);
     if (!o.values_only) memory_terms_ = buffer(most * n, type);
-    slot_lists_ = buffer(kernels::ordered_lists_workspace(int32_t(most * n)), ScalarType::Int);
-    scratch_ =
-        buffer(std::max(kernels::ordered_sums_scratch(int32_t(most * n), s.width),
-                        kernels::column_sums_scratch<T>(int32_t(2 * most * n), 2 * s.keys.heads, s.keys.half_width)),
-               type);
+    for (Tensor* t : {&slot_lists_, &other_slot_lists_})
+      *t = buffer(kernels::ordered_lists_workspace(int32_t(most * n)), ScalarType::Int);
+    scratch_ = buffer(kernels::ordered_sums_scratch(int32_t(most * n), s.width), type);
     counts_ = buffer(most * n + 1, ScalarType::Int);  // and the number of pairs
     gamma_ = buffer(most * n, type);
     if (!in_place) newest_ = make_zeros(in.values, {s.slots}, ScalarType::Int);
     if (!o.keys_move()) return;
     key_lists_ = buffer(kernels::ordered_lists_workspace(int32_t(2 * most * n)), ScalarType::Int);
+    key_scratch_ =
+        buffer(kernels::column_sums_scratch<T>(int32_t(2 * most * n), 2 * s.keys.heads, s.keys.half_width), type);
     if (o.addressing_weight != 0) p_ = buffer(2 * most * n, type);
     alpha_ = buffer(2 * most * n, type);
     tables_ = buffer(2 * view_.table_size(), ScalarType::Double);
-    if (in_place) other_keys_ = make(in.sub_keys, {view_.key_rows() * view_.half_width}, type);
+    if (in_place) other_keys_ = make(in.sub_keys, {key_count()}, type);
   }
 
+  // The side has what sub-keys wait for: searching, sorting, the sub-keys' step; the search of the next chunk needs no
+  // row of this one. All of it are small launches. The current stream has the rows.
   void run(Tensor& sub_keys) {
     const auto chunks = chunks_of(s_);
+    side_.follow();
     for (size_t i = 0; i < chunks.size(); ++i) {
+      search(chunks[i]);
+      side_.join();
       read(chunks[i]);
-      if (!chunks[i].writes) continue;
+      if (!chunks[i].writes) break;  // a partial chunk, and the last
       const auto [by_slot, by_key] = build_lists(chunks[i]);
+      side_.follow();
+      side_.join();
       write_rows(chunks[i], by_slot, write_scale_of(s_.steps[i], s_, o_, masked_));
       if (o_.keys_move()) write_keys(chunks[i], by_key);
     }
-    if (!o_.keys_move())
-      check_cuda(kernels::fill(r_.addressing_loss.mutable_data_ptr<T>(), s_.writes, T(0), stream_), "addressing_loss");
-    if (in_place_) {
-      if (keys_ != sub_keys_) torch::stable::copy_(sub_keys, torch::stable::view(other_keys_, sub_keys.sizes()));
-      return;
-    }
-    if (s_.writes == 0 || !o_.keys_move()) torch::stable::copy_(r_.new_sub_keys, sub_keys);
-    if (o_.decays() && s_.places())
-      check_cuda(
-          simt::launch(kernels::finish_rows<Size, T>, kernels::blocks_for<Size>(s_.places(), Size::kThreads / 32),
-                       Size::kThreads, stream_, view_, versions_, s_.places(), s_.writes,
-                       r_.new_slots.const_data_ptr<int32_t>(), log_, error_word_),
-          "finish_rows");
+    side_.join();
+    finish(sub_keys);
   }
 
  private:
@@ -111,11 +109,12 @@ class ForwardScan {
   static E* pointer(Tensor& t) {
     return t.defined() ? t.mutable_data_ptr<E>() : nullptr;
   }
+  int64_t key_count() const { return view_.key_rows() * view_.half_width; }
   T* memory_terms() { return pointer<T>(memory_terms_); }
   T* p() { return pointer<T>(p_); }
   int32_t* newest() { return pointer<int32_t>(newest_); }
 
-  void read(const Chunk& c) {
+  void search(const Chunk& c) {
     const kernels::ProductKeySearch<T> search{.query = view_.query,
                                               .rows = view_.rows(c),
                                               .sub_keys = keys_,
@@ -132,7 +131,10 @@ class ForwardScan {
                                               .slots = slots_.mutable_data_ptr<int32_t>(),
                                               .scores = scores_.mutable_data_ptr<T>(),
                                               .errors = error_word_};
-    check_cuda(search_product_keys(search, stream_), "search_product_keys");
+    check_cuda(search_product_keys(search, side_.stream()), "search_product_keys");
+  }
+
+  void read(const Chunk& c) {
     const kernels::ReadArguments<T> arguments{
         .view = view_,
         .chunk = c,
@@ -162,11 +164,13 @@ class ForwardScan {
   // The chunk's reads by slot; its entries by sub-key, if they move.
   std::pair<kernels::OrderedLists, kernels::OrderedLists> build_lists(const Chunk& c) {
     const int32_t reads = int32_t(view_.tokens(c) * view_.reads()), entries = o_.keys_move() ? 2 * reads : 0;
-    const auto by_slot = kernels::grouping(slots_.const_data_ptr<int32_t>(), reads, int32_t(s_.slots),
-                                           slot_lists_.mutable_data_ptr<int32_t>(), nullptr);
-    const auto by_key = kernels::grouping(kernels::EntryKeys<T>{view_, c, list_indices(c)}, entries,
+    const int32_t* const slots = slots_.const_data_ptr<int32_t>();
+    std::swap(slot_lists_, other_slot_lists_);  // those of the chunk before may still be in use
+    const auto by_slot = kernels::grouping(kernels::ReadKeys{slots, uint32_t(view_.heads), uint32_t(view_.topk)}, reads,
+                                           int32_t(s_.slots), slot_lists_.mutable_data_ptr<int32_t>(), nullptr);
+    const auto by_key = kernels::grouping(kernels::EntryKeys<T>{view_, c, list_indices(c), slots}, entries,
                                           int32_t(view_.key_rows()), pointer<int32_t>(key_lists_), nullptr);
-    check_cuda(kernels::build_ordered_lists(by_slot, by_key, stream_), "build_ordered_lists");
+    check_cuda(kernels::build_ordered_lists(by_slot, by_key, side_.stream()), "build_ordered_lists");
     return {by_slot.lists(), by_key.lists()};
   }
 
@@ -207,13 +211,12 @@ class ForwardScan {
   }
 
   void write_keys(const Chunk& c, const kernels::OrderedLists& lists) {
-    const int64_t key_count = view_.key_rows() * view_.half_width;
     T* const next = in_place_ ? keys_ == sub_keys_ ? other_keys_.mutable_data_ptr<T>() : sub_keys_
                     : c.writes_before + 1 == s_.writes
                         ? r_.new_sub_keys.mutable_data_ptr<T>()
-                        : r_.key_versions.mutable_data_ptr<T>() + c.writes_before * key_count;
+                        : r_.key_versions.mutable_data_ptr<T>() + c.writes_before * key_count();
     double* const tables = tables_.mutable_data_ptr<double>();
-    T* const scratch = scratch_.mutable_data_ptr<T>();
+    T* const scratch = key_scratch_.mutable_data_ptr<T>();
     const kernels::KeyWrite<T> write{
         .sub_keys = keys_,
         .to = next,
@@ -230,11 +233,31 @@ class ForwardScan {
         .tables = {tables, tables + view_.table_size(), nullptr, nullptr},
         .scratch = scratch,
         .error_word = error_word_};
-    check_cuda(
-        kernels::write_keys(view_, c, lists, write,
-                            kernels::rows_are_packs<T>(view_.half_width, view_.query, keys_, next, scratch), stream_),
-        "write_keys");
+    check_cuda(kernels::write_keys(view_, c, lists, write,
+                                   kernels::rows_are_packs<T>(view_.half_width, view_.query, keys_, next, scratch),
+                                   side_.stream()),
+               "write_keys");
     keys_ = next;
+  }
+
+  // What is left when all chunks are done.
+  void finish(Tensor& sub_keys) {
+    if (!o_.keys_move())
+      check_cuda(kernels::fill(r_.addressing_loss.mutable_data_ptr<T>(), s_.writes, T(0), stream_), "addressing_loss");
+    if (in_place_) {
+      if (keys_ != sub_keys_)
+        check_cuda(
+            cudaMemcpyAsync(sub_keys_, keys_, size_t(key_count()) * sizeof(T), cudaMemcpyDeviceToDevice, stream_),
+            "sub_keys");
+      return;
+    }
+    if (s_.writes == 0 || !o_.keys_move()) torch::stable::copy_(r_.new_sub_keys, sub_keys);
+    if (o_.decays() && s_.places())
+      check_cuda(
+          simt::launch(kernels::finish_rows<Size, T>, kernels::blocks_for<Size>(s_.places(), Size::kThreads / 32),
+                       Size::kThreads, stream_, view_, versions_, s_.places(), s_.writes,
+                       r_.new_slots.const_data_ptr<int32_t>(), log_, error_word_),
+          "finish_rows");
   }
 
   const ScanSizes& s_;
@@ -253,7 +276,8 @@ class ForwardScan {
   Tensor slots_, scores_, weights_, memory_terms_;  // (m, H, R) of the current chunk, as all that follows
   Tensor errors_, good_;                            // (m, V), (m)
   Tensor p_, alpha_;                                // (m, H, 2, R); p_: with the addressing loss
-  Tensor tables_, slot_lists_, key_lists_, scratch_, counts_, gamma_, search_;
+  Tensor tables_, slot_lists_, other_slot_lists_, key_lists_, scratch_, key_scratch_, counts_, gamma_, search_;
+  SideStream side_;  // ends first: it uses all of the above
 };
 
 ScanResult chunk_scan_cuda(const Tensor& values, const Tensor& sub_keys, const Tensor& query, const Tensor& target,

@@ -8,6 +8,7 @@
 #include "binding/stream.h"
 #include "cuda/errors.h"
 #include "cuda/scan.h"
+#include "cuda/side_stream.h"
 #include "kernels/backward_keys.cuh"
 #include "kernels/backward_rows.cuh"
 #include "kernels/backward_tokens.cuh"
@@ -39,7 +40,8 @@ class BackwardScan {
         dweights_(pointer(grads.weights)),
         dlosses_(pointer(grads.losses)),
         daddressing_(pointer(grads.addressing_loss)),
-        dnew_rows_(pointer(grads.new_rows)) {
+        dnew_rows_(pointer(grads.new_rows)),
+        side_(stream, s.writes > 0) {
     int64_t tokens = 0;  // of a chunk, at most
     for (const Step& step : s.steps) tokens = std::max(tokens, s.batch * step.tokens());
     const int64_t n = tokens * s.reads_per_token();
@@ -50,7 +52,7 @@ class BackwardScan {
 
     list_indices_ = ints(2 * n);
     slots_ = ints(n);
-    slot_lists_ = ints(kernels::ordered_lists_workspace(int32_t(n)));
+    for (int32_t** p : {&slot_lists_, &slot_lists_after_}) *p = ints(kernels::ordered_lists_workspace(int32_t(n)));
     key_lists_ = ints(kernels::ordered_lists_workspace(int32_t(2 * n)));
     list_of_ = ints(n);
     gradients_ = take<kernels::ListGradient<T>>(n, ScalarType::Byte);
@@ -62,8 +64,8 @@ class BackwardScan {
     delta_ = numbers(tokens * s.width);
     errors_ = numbers(tokens * s.width);
     good_ = take<uint8_t>(tokens, ScalarType::Byte);
-    scratch_ = numbers(std::max(kernels::ordered_sums_scratch(int32_t(n), s.width),
-                                kernels::column_sums_scratch<T>(int32_t(2 * n), 2 * s.keys.heads, s.keys.half_width)));
+    scratch_ = numbers(kernels::ordered_sums_scratch(int32_t(n), s.width));
+    key_scratch_ = numbers(kernels::column_sums_scratch<T>(int32_t(2 * n), 2 * s.keys.heads, s.keys.half_width));
     if (o.keys_move()) {
       theta_ = numbers(key_count());
       directions_ = numbers(2 * n);
@@ -78,7 +80,9 @@ class BackwardScan {
 
   void run() {
     const auto chunks = chunks_of(s_);
+    side_.follow();
     for (size_t i = chunks.size(); i-- > 0;) backward(chunks[i], write_scale_of(s_.steps[i], s_, o_, masked_));
+    side_.join();
     if (!need_dvalues_) return;
     T* const drows = result_.value_rows.mutable_data_ptr<T>();
     check_launch(kernels::finish_rows_of_reads(view_, table_, reads_of_call(),
@@ -108,14 +112,16 @@ class BackwardScan {
     return saved_.key_versions.const_data_ptr<T>() + (c.writes_before - 1) * key_count();
   }
 
+  // The side has all that queries and sub-keys wait for, and the sorting; the current stream has rows and tokens.
   void backward(const Chunk& c, const kernels::WriteScale& scale) {
+    std::swap(slot_lists_, slot_lists_after_);  // those of the chunk after this one may still be in use
     const int64_t reads = view_.tokens(c) * view_.reads(), before = s_.batch * c.tokens_before * view_.reads();
     const int32_t *const places = saved_.places.const_data_ptr<int32_t>() + before,
                          *const read_from = saved_.read_from.const_data_ptr<int32_t>() + before;
     const T* const list_scores = saved_.list_scores.const_data_ptr<T>() + 2 * before;
     const auto by_slot =
         kernels::grouping(static_cast<const int32_t*>(slots_), int32_t(reads), int32_t(s_.slots), slot_lists_, nullptr);
-    const auto by_key = kernels::grouping(kernels::EntryKeys<T>{view_, c, list_indices_}, int32_t(2 * reads),
+    const auto by_key = kernels::grouping(kernels::EntryKeys<T>{view_, c, list_indices_, slots_}, int32_t(2 * reads),
                                           int32_t(view_.key_rows()), key_lists_, nullptr);
     // Of the sub-keys: whether the write passes their gradient on, for it moved them, and somebody later read them.
     const bool through = c.writes && o_.keys_move() && !no_dsub_keys_;
@@ -123,17 +129,19 @@ class BackwardScan {
     const kernels::BackwardKeys<T> keys =
         key_arguments(c, by_key.lists(), through, memory_moved_keys, places, list_scores);
     const bool keys_aligned = kernels::rows_are_packs<T>(view_.half_width, view_.query, keys.dquery, keys.sub_keys,
-                                                         keys.dsub_keys, theta_, scratch_);
+                                                         keys.dsub_keys, theta_, key_scratch_);
 
     check_launch(
         kernels::check_reads(view_, c, s_.places(), saved_.list_indices.const_data_ptr<int32_t>() + 2 * before, places,
                              read_from, list_scores, list_indices_, slots_,
                              need_dvalues_ ? result_.value_slots.mutable_data_ptr<int64_t>() + before : nullptr,
-                             keys.addressed() ? p_ : nullptr, error_word_, stream_));
-    check_launch(kernels::build_ordered_lists(by_slot, by_key, stream_));
+                             keys.addressed() ? p_ : nullptr, error_word_, side_.stream()));
+    check_launch(kernels::build_ordered_lists(by_slot, by_key, side_.stream()));
+    side_.join();
     const kernels::OrderedLists slot_lists = by_slot.lists();
     row_gradients(c, slot_lists, scale, int32_t(before), read_from);
-    if (through) check_launch(kernels::key_directions(keys, keys_aligned, stream_));
+    if (through) check_launch(kernels::key_directions(keys, keys_aligned, side_.stream()));
+    side_.join();
 
     const bool second_order = through && memory_moved_keys;
     const kernels::BackwardTokens<T> tokens{
@@ -169,10 +177,12 @@ class BackwardScan {
                                  kernels::rows_are_packs<T>(s_.width, versions_.values, versions_.log, table_.rows,
                                                             view_.target, dout_, delta_, errors_, tokens.dtarget),
                                  stream_));
+    check_launch(kernels::key_addresses(keys, side_.stream()));
+    side_.follow();
     check_launch(kernels::add_reads(
         view_, slot_lists, gradients_, delta_, weights_, second_order ? y_ : nullptr, errors_, good_, table_.rows,
         scratch_, kernels::rows_are_packs<T>(s_.width, table_.rows, delta_, errors_, scratch_), stream_));
-    check_launch(kernels::key_gradients(keys, keys_aligned, stream_));
+    check_launch(kernels::key_gradients(keys, keys_aligned, side_.stream()));
     no_dsub_keys_ = no_dsub_keys_ && reads == 0;
   }
 
@@ -220,7 +230,7 @@ class BackwardScan {
             .p = p_,
             .tables = tables_,
             .sum = sums_,
-            .scratch = scratch_};
+            .scratch = key_scratch_};
   }
 
   const ScanSizes& s_;
@@ -242,16 +252,18 @@ class BackwardScan {
   // Of the current chunk; m tokens
   int32_t *list_indices_, *slots_, *list_of_;      // (m, H, 2, R); (m, H, R)
   int32_t *slot_lists_, *key_lists_, *counts_;     // workspace
+  int32_t* slot_lists_after_;                      // of the chunk after the current one
   kernels::ListGradient<T>* gradients_;            // (m, H, R)
   T *gamma_, *scores_, *weights_, *dscores_;       // (m, H, R)
   T *memory_terms_{}, *read_directions_{}, *y_{};  // (m, H, R), unless values_only
   T *delta_, *errors_;                             // (m, V)
   uint8_t* good_;                                  // (m)
-  T* scratch_;
+  T *scratch_, *key_scratch_;
   T *theta_{}, *directions_{}, *p_{};  // (H, 2, P, K/2); (m, H, 2, R), if sub-keys move
   T *alpha_, *beta_;                   // (m, H, 2, R)
   kernels::AddressTables tables_{};    // if sub-keys move
   double* sums_{};                     // (H, 2, P), if sub-keys move
+  SideStream side_;                    // ends first: it uses all of the above
 };
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> chunk_scan_backward_cuda(

@@ -17,15 +17,33 @@ namespace fwpkm::kernels {
 
 constexpr double kLogFloor = 1e-8;
 
+// Whether a token takes part in nothing, for one of its (token, head) is bad: its slots are -1, with which the search
+// left them. To be asked while read_chunk gives -1 to the token's other heads, which changes nothing here.
+__device__ __forceinline__ bool left_out(const int32_t* slots, uint32_t token, uint32_t heads, uint32_t topk) {
+  bool bad = false;
+  for (uint32_t h = 0; h < heads; ++h) bad |= slots[(token * heads + h) * topk] < 0;
+  return bad;
+}
+
+// Slot of each read, as keys of a grouping.
+struct ReadKeys {
+  const int32_t* slots;  // (m, H, R)
+  uint32_t heads, topk;
+  __device__ int32_t operator[](int64_t i) const {
+    return left_out(slots, uint32_t(i) / (heads * topk), heads, topk) ? -1 : slots[i];
+  }
+};
+
 // Row in (memories, H, 2, P) of each entry, as keys of a grouping.
 template <typename T>
 struct EntryKeys {
   ScanView<T> view;
   Chunk chunk;
-  const int32_t* list_indices;  // (m, H, 2, R)
+  const int32_t *list_indices, *slots;  // (m, H, 2, R), (m, H, R)
   __device__ int32_t operator[](int64_t l) const {
-    const int32_t j = list_indices[l];
-    return j < 0 ? -1 : int32_t(view.key_row(chunk, l, j));
+    const uint32_t heads = uint32_t(view.heads), topk = uint32_t(view.topk);
+    if (left_out(slots, uint32_t(l) / (2 * heads * topk), heads, topk)) return -1;
+    return int32_t(view.key_row(chunk, l, list_indices[l]));
   }
 };
 

@@ -151,19 +151,27 @@ cudaError_t key_directions(const BackwardKeys<T>& x, bool aligned, cudaStream_t 
   return launch_list_directions<Size>(x, aligned, stream);
 }
 
-// d q and dK, after the tokens.
+// tables, if anything comes through the addressing loss; also P t~, kept in beta until then.
+template <typename Size = LaunchSize, typename T>
+cudaError_t key_addresses(const BackwardKeys<T>& x, cudaStream_t stream) {
+  const int64_t lists = x.num_lists();
+  if (lists == 0 || !x.addressed()) return cudaSuccess;
+  cudaError_t error = cudaSuccess;
+  if (x.through)
+    error = simt::launch(centred_directions<Size, T>, blocks_for<Size>(lists, Size::kThreads / 32), Size::kThreads,
+                         stream, x);
+  if (error != cudaSuccess) return error;
+  return address_chunk<Size>(x.view, x.chunk, x.lists, x.p, x.through ? x.beta : nullptr, x.tables, stream);
+}
+
+// d q and dK, after the tokens and key_addresses.
 template <typename Size = LaunchSize, typename T>
 cudaError_t key_gradients(const BackwardKeys<T>& x, bool aligned, cudaStream_t stream) {
   const ScanView<T>& view = x.view;
   const int64_t lists = x.num_lists();
   if (lists == 0) return cudaSuccess;
-  const unsigned warp_per_list = blocks_for<Size>(lists, Size::kThreads / 32);
-  cudaError_t error = cudaSuccess;
-  if (x.addressed() && x.through)
-    error = simt::launch(centred_directions<Size, T>, warp_per_list, Size::kThreads, stream, x);
-  if (x.addressed() && error == cudaSuccess)
-    error = address_chunk<Size>(view, x.chunk, x.lists, x.p, x.through ? x.beta : nullptr, x.tables, stream);
-  if (error == cudaSuccess) error = simt::launch(key_factors<Size, T>, warp_per_list, Size::kThreads, stream, x);
+  cudaError_t error =
+      simt::launch(key_factors<Size, T>, blocks_for<Size>(lists, Size::kThreads / 32), Size::kThreads, stream, x);
   if (error == cudaSuccess) error = launch_add_to_query<Size>(x, aligned, stream);
   const bool pulled = view.idw && x.through;
   if (pulled && error == cudaSuccess)

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <array>
+#include <deque>
 #include <map>
 #include <memory>
 #include <stdexcept>
@@ -549,3 +550,88 @@ cudaError_t run(dim3 g, dim3 t, const std::function<void()>& kernel) {
 }
 
 }  // namespace simt::detail
+
+// ------------------------------------------------------------------------------------------------------------ streams
+struct CUstream_st {
+  std::deque<std::function<cudaError_t()>> work;  // not yet done
+  size_t done = 0, given = 0;
+  void run(size_t until) {
+    while (done < until) {
+      const auto next = std::move(work.front());
+      work.pop_front();
+      ++done;
+      if (next() != cudaSuccess) throw std::runtime_error("a launch that waited for another stream failed");
+    }
+  }
+};
+
+struct CUevent_st {
+  CUstream_st* stream = nullptr;
+  size_t position = 0;
+};
+
+namespace simt::detail {
+namespace {
+bool apart = false;  // since a stream has waited for another
+CUstream_st stream_0;
+std::vector<std::unique_ptr<CUstream_st>> made;
+std::vector<std::unique_ptr<CUevent_st>> events;
+CUstream_st& known(cudaStream_t stream) { return stream ? *stream : stream_0; }
+}  // namespace
+
+cudaError_t submit(cudaStream_t stream, std::function<cudaError_t()> work) {
+  if (!apart) return work();
+  CUstream_st& s = known(stream);
+  s.work.push_back(std::move(work));
+  ++s.given;
+  if ((stream != nullptr) == options.side_first) s.run(s.given);
+  return cudaSuccess;
+}
+
+}  // namespace simt::detail
+
+cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned, int) {
+  simt::detail::made.push_back(std::make_unique<CUstream_st>());
+  *stream = simt::detail::made.back().get();
+  return cudaSuccess;
+}
+
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
+  simt::detail::events.push_back(std::make_unique<CUevent_st>());
+  *event = simt::detail::events.back().get();
+  return cudaSuccess;
+}
+
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+  event->stream = &simt::detail::known(stream);
+  event->position = event->stream->given;
+  return cudaSuccess;
+}
+
+cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
+  simt::detail::apart = true;
+  if (simt::waits_seen++ == simt::options.skip_wait) return cudaSuccess;
+  return simt::detail::submit(stream, [event = *event] {
+    event.stream->run(event.position);
+    return cudaSuccess;
+  });
+}
+
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+  CUstream_st& s = simt::detail::known(stream);
+  s.run(s.given);
+  simt::detail::apart = false;
+  for (const auto& other : simt::detail::made) {
+    other->work.clear();
+    other->done = other->given;
+  }
+  simt::options.side_first = !simt::options.side_first;
+  return cudaSuccess;
+}
+
+// For the tests of the operators: sets Options of streams; returns how many waits there were since the last call.
+extern "C" __attribute__((visibility("default"))) int simt_streams(bool side_first, int skip_wait) {
+  simt::options.side_first = side_first;
+  simt::options.skip_wait = skip_wait;
+  return std::exchange(simt::waits_seen, 0);
+}

@@ -52,12 +52,15 @@ struct Site {
 
 struct Options {
   uint64_t seed = 0;
-  int resident = 2;       // blocks in flight at once
-  double preempt = 0.25;  // chance of a switch at an atomic or a fence
-  Site skip;              // the barrier here does nothing: for mutation tests
+  int resident = 2;         // blocks in flight at once
+  double preempt = 0.25;    // chance of a switch at an atomic or a fence
+  Site skip;                // the barrier here does nothing: for mutation tests
+  int skip_wait = -1;       // neither does this wait of a stream for another, counted from 0 as they come
+  bool side_first = false;  // of two streams, the made one runs first wherever it may; else stream 0
 };
 inline Options options;
 inline std::vector<Site> barriers_seen;  // every __syncthreads and __syncwarp that was reached
+inline int waits_seen = 0;               // of streams for other streams
 
 namespace detail {
 
@@ -69,6 +72,7 @@ struct Fragments {
 };
 
 cudaError_t run(dim3 grid, dim3 block, const std::function<void()>& kernel);
+cudaError_t submit(cudaStream_t stream, std::function<cudaError_t()> work);
 void block_barrier(Site at);
 void warp_collective(Op op, unsigned mask, int argument, const void* in, void* out, size_t size, Site at);
 void* shared(const void* key, size_t size, size_t align);
@@ -99,9 +103,10 @@ T atomic(T* p, F f) {
 }  // namespace detail
 
 template <typename... Parameters, typename... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, cudaStream_t, Arguments&&... arguments) {
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, cudaStream_t stream,
+                   Arguments&&... arguments) {
   std::tuple<Parameters...> parameters{static_cast<Parameters>(std::forward<Arguments>(arguments))...};
-  return detail::run(grid, block, [&] { std::apply(kernel, parameters); });
+  return detail::submit(stream, [=] { return detail::run(grid, block, [&] { std::apply(kernel, parameters); }); });
 }
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch_with_shared(size_t, void (*kernel)(Parameters...), dim3 grid, dim3 block, cudaStream_t stream,
@@ -220,15 +225,29 @@ T atomicExch(T* p, std::common_type_t<T> v) {
   return simt::detail::atomic(p, [&](T) { return T(v); });
 }
 
-// ---- the runtime, for the host code around the kernels: everything is done when a call returns
+// ---- the runtime, for the host code around the kernels. Everything is done when a call returns, until a stream waits
+// for another: from then on until cudaStreamSynchronize one of the two does nothing before somebody waits for it, by
+// turns (Options::side_first); and what nobody waits for is never done. So a wait that is missing gives wrong results.
 inline const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaSuccess ? "no error" : error == cudaErrorInvalidConfiguration ? "invalid configuration" : "error";
 }
-inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t size, cudaMemcpyKind, cudaStream_t) {
-  std::memcpy(to, from, size);
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t size, cudaMemcpyKind, cudaStream_t stream) {
+  return simt::detail::submit(stream, [=] {
+    std::memcpy(to, from, size);
+    return cudaSuccess;
+  });
+}
+cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned flags, int priority);
+cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned flags);
+cudaError_t cudaStreamSynchronize(cudaStream_t stream);
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned flags);
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream);
+inline cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest) {
+  *least = *greatest = 0;
   return cudaSuccess;
 }
-inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) { return cudaSuccess; }
 inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
 inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;

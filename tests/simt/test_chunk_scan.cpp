@@ -12,7 +12,7 @@ using namespace fwpkm::kernels;
 
 // ----------------------------------------------------------------------------------------------------------- kernels
 template <typename Size, typename T>
-cudaError_t run_read(Data<T>& d) {
+cudaError_t launch_read(Data<T>& d) {
   return read_chunk<Size>(
       ReadArguments<T>{.view = d.view(),
                        .chunk = d.chunk(),
@@ -34,6 +34,22 @@ cudaError_t run_read(Data<T>& d) {
                        .losses = d.losses.get(),
                        .error_word = d.error.get()},
       rows_are_packs<T>(d.width, d.values.get(), d.log.get(), d.target.get(), d.out.get(), d.errors.get()), nullptr);
+}
+
+// Reads and entries can be grouped before the chunk is read as well as afterwards.
+template <typename Size, typename T>
+cudaError_t run_read(Data<T>& d) {
+  const ReadKeys by_slot{d.slots.get(), uint32_t(d.s.heads), uint32_t(d.s.topk)};
+  const EntryKeys<T> by_key{d.view(), d.chunk(), d.list_indices.get(), d.slots.get()};
+  std::vector<int32_t> slots, keys;
+  for (int64_t i = 0; i < d.m * d.n; ++i) slots.push_back(by_slot[i]);
+  for (int64_t l = 0; l < 2 * d.m * d.n; ++l) keys.push_back(by_key[l]);
+  const cudaError_t error = launch_read<Size>(d);
+  for (int64_t i = 0; i < d.m * d.n; ++i)
+    if (slots[i] != d.slots[i] || by_slot[i] != slots[i]) return cudaErrorUnknown;
+  for (int64_t l = 0; l < 2 * d.m * d.n; ++l)
+    if (keys[l] != d.entry_key(l) || by_key[l] != keys[l]) return cudaErrorUnknown;
+  return error;
 }
 
 template <typename Size, typename T>
@@ -84,9 +100,6 @@ template <typename Size, typename T>
 cudaError_t run_keys(Data<T>& d) {
   const Shape& s = d.s;
   const int32_t entries = int32_t(2 * d.m * d.n);
-  const EntryKeys<T> keys{d.view(), d.chunk(), d.list_indices.get()};
-  for (int32_t l = 0; l < entries; ++l)
-    if (keys[l] != d.entry_key(l)) return cudaErrorUnknown;
   Buffer<T> scratch(column_sums_scratch<T, Size>(entries, 2 * s.heads, s.half_width));
   const KeyWrite<T> write{.sub_keys = d.sub_keys.get(),
                           .to = d.new_keys.get(),

@@ -125,7 +125,9 @@ cudaError_t run_keys(Backward<T>& x) {
                              .scratch = scratch.get()};
   const bool aligned = rows_are_packs<T>(s.half_width, x.query.get(), keys.dquery, keys.sub_keys, keys.dsub_keys,
                                          keys.theta, keys.scratch);
-  return kDirections ? key_directions<Size>(keys, aligned, nullptr) : key_gradients<Size>(keys, aligned, nullptr);
+  if (kDirections) return key_directions<Size>(keys, aligned, nullptr);
+  const cudaError_t error = key_addresses<Size>(keys, nullptr);
+  return error == cudaSuccess ? key_gradients<Size>(keys, aligned, nullptr) : error;
 }
 
 // ------------------------------------------------------------------------------------------------------------- cases
