@@ -50,10 +50,14 @@ class BackwardScan {
               s.slots <= reads_of_call()};
     check_launch(kernels::fill(table_.row_of, s.slots, 0, stream));
 
-    list_indices_ = ints(2 * n);
-    slots_ = ints(n);
-    for (int32_t** p : {&slot_lists_, &slot_lists_after_}) *p = ints(kernels::ordered_lists_workspace(int32_t(n)));
-    key_lists_ = ints(kernels::ordered_lists_workspace(int32_t(2 * n)));
+    for (Reads* x : {&reads_, &next_reads_})
+      *x = {.list_indices = ints(2 * n),
+            .slots = ints(n),
+            .slot_lists = ints(kernels::ordered_lists_workspace(int32_t(n))),
+            .key_lists = ints(kernels::ordered_lists_workspace(int32_t(2 * n))),
+            .p = o.keys_move() ? numbers(2 * n) : nullptr,
+            .by_slot = {},
+            .by_key = {}};
     list_of_ = ints(n);
     gradients_ = take<kernels::ListGradient<T>>(n, ScalarType::Byte);
     counts_ = ints(n + 1);  // and the number of pairs
@@ -69,7 +73,6 @@ class BackwardScan {
     if (o.keys_move()) {
       theta_ = numbers(key_count());
       directions_ = numbers(2 * n);
-      p_ = numbers(2 * n);
       for (double** p : {&tables_.mean, &tables_.slope, &tables_.curvature, &tables_.extra})
         *p = take<double>(view_.table_size(), ScalarType::Double);
       sums_ = take<double>(view_.key_rows(), ScalarType::Double);
@@ -78,10 +81,14 @@ class BackwardScan {
     beta_ = numbers(2 * n);
   }
 
+  // The side has what queries and sub-keys wait for, and checks and sorts the reads of the chunk that comes next. The
+  // current stream has rows and tokens.
   void run() {
     const auto chunks = chunks_of(s_);
-    side_.follow();
-    for (size_t i = chunks.size(); i-- > 0;) backward(chunks[i], write_scale_of(s_.steps[i], s_, o_, masked_));
+    if (!chunks.empty()) prepare(chunks.back(), next_reads_);
+    side_.join();
+    for (size_t i = chunks.size(); i-- > 0;)
+      backward(chunks[i], write_scale_of(s_.steps[i], s_, o_, masked_), i ? &chunks[i - 1] : nullptr);
     side_.join();
     if (!need_dvalues_) return;
     T* const drows = result_.value_rows.mutable_data_ptr<T>();
@@ -112,47 +119,63 @@ class BackwardScan {
     return saved_.key_versions.const_data_ptr<T>() + (c.writes_before - 1) * key_count();
   }
 
-  // The side has all that queries and sub-keys wait for, and the sorting; the current stream has rows and tokens.
-  void backward(const Chunk& c, const kernels::WriteScale& scale) {
-    std::swap(slot_lists_, slot_lists_after_);  // those of the chunk after this one may still be in use
-    const int64_t reads = view_.tokens(c) * view_.reads(), before = s_.batch * c.tokens_before * view_.reads();
-    const int32_t *const places = saved_.places.const_data_ptr<int32_t>() + before,
-                         *const read_from = saved_.read_from.const_data_ptr<int32_t>() + before;
-    const T* const list_scores = saved_.list_scores.const_data_ptr<T>() + 2 * before;
-    const auto by_slot =
-        kernels::grouping(static_cast<const int32_t*>(slots_), int32_t(reads), int32_t(s_.slots), slot_lists_, nullptr);
-    const auto by_key = kernels::grouping(kernels::EntryKeys<T>{view_, c, list_indices_, slots_}, int32_t(2 * reads),
-                                          int32_t(view_.key_rows()), key_lists_, nullptr);
+  // What a chunk has read, checked and sorted.
+  struct Reads {
+    int32_t *list_indices, *slots;    // (m, H, 2, R), (m, H, R)
+    int32_t *slot_lists, *key_lists;  // workspace, where the lists lie
+    T* p;                             // (m, H, 2, R): address_weights, if sub-keys move
+    kernels::OrderedLists by_slot, by_key;
+  };
+
+  int64_t reads_before(const Chunk& c) const { return s_.batch * c.tokens_before * view_.reads(); }
+  const int32_t* places(const Chunk& c) const { return saved_.places.const_data_ptr<int32_t>() + reads_before(c); }
+  const int32_t* read_from(const Chunk& c) const {
+    return saved_.read_from.const_data_ptr<int32_t>() + reads_before(c);
+  }
+  const T* list_scores(const Chunk& c) const { return saved_.list_scores.const_data_ptr<T>() + 2 * reads_before(c); }
+
+  void prepare(const Chunk& c, Reads& x) {
+    const int64_t reads = view_.tokens(c) * view_.reads(), before = reads_before(c);
+    side_.follow();  // nobody reads what was in x
+    check_launch(
+        kernels::check_reads(view_, c, s_.places(), saved_.list_indices.const_data_ptr<int32_t>() + 2 * before,
+                             places(c), read_from(c), list_scores(c), x.list_indices, x.slots,
+                             need_dvalues_ ? result_.value_slots.mutable_data_ptr<int64_t>() + before : nullptr,
+                             c.writes && view_.addressing_weight != 0 ? x.p : nullptr, error_word_, side_.stream()));
+    const auto by_slot = kernels::grouping(static_cast<const int32_t*>(x.slots), int32_t(reads), int32_t(s_.slots),
+                                           x.slot_lists, nullptr);
+    const auto by_key = kernels::grouping(kernels::EntryKeys<T>{view_, c, x.list_indices, x.slots}, int32_t(2 * reads),
+                                          int32_t(view_.key_rows()), x.key_lists, nullptr);
+    check_launch(kernels::build_ordered_lists(by_slot, by_key, side_.stream()));
+    x.by_slot = by_slot.lists();
+    x.by_key = by_key.lists();
+  }
+
+  // `next`: the chunk before it, or null.
+  void backward(const Chunk& c, const kernels::WriteScale& scale, const Chunk* next) {
+    std::swap(reads_, next_reads_);
     // Of the sub-keys: whether the write passes their gradient on, for it moved them, and somebody later read them.
     const bool through = c.writes && o_.keys_move() && !no_dsub_keys_;
     const bool memory_moved_keys = c.writes && !o_.values_only && c.pairs > 0;
-    const kernels::BackwardKeys<T> keys =
-        key_arguments(c, by_key.lists(), through, memory_moved_keys, places, list_scores);
+    const kernels::BackwardKeys<T> keys = key_arguments(c, through, memory_moved_keys);
     const bool keys_aligned = kernels::rows_are_packs<T>(view_.half_width, view_.query, keys.dquery, keys.sub_keys,
                                                          keys.dsub_keys, theta_, key_scratch_);
-
-    check_launch(
-        kernels::check_reads(view_, c, s_.places(), saved_.list_indices.const_data_ptr<int32_t>() + 2 * before, places,
-                             read_from, list_scores, list_indices_, slots_,
-                             need_dvalues_ ? result_.value_slots.mutable_data_ptr<int64_t>() + before : nullptr,
-                             keys.addressed() ? p_ : nullptr, error_word_, side_.stream()));
-    check_launch(kernels::build_ordered_lists(by_slot, by_key, side_.stream()));
-    side_.join();
-    const kernels::OrderedLists slot_lists = by_slot.lists();
-    row_gradients(c, slot_lists, scale, int32_t(before), read_from);
+    row_gradients(c, scale);
     if (through) check_launch(kernels::key_directions(keys, keys_aligned, side_.stream()));
     side_.join();
+    check_launch(kernels::key_addresses(keys, side_.stream()));
+    if (next) prepare(*next, next_reads_);
 
     const bool second_order = through && memory_moved_keys;
     const kernels::BackwardTokens<T> tokens{
         .view = view_,
         .chunk = c,
         .versions = versions_,
-        .list_indices = list_indices_,
-        .slots = slots_,
-        .places = places,
-        .read_from = read_from,
-        .list_scores = list_scores,
+        .list_indices = reads_.list_indices,
+        .slots = reads_.slots,
+        .places = places(c),
+        .read_from = read_from(c),
+        .list_scores = list_scores(c),
         .list_of = list_of_,
         .gradients = gradients_,
         .gradient_rows = table_.rows,
@@ -177,25 +200,25 @@ class BackwardScan {
                                  kernels::rows_are_packs<T>(s_.width, versions_.values, versions_.log, table_.rows,
                                                             view_.target, dout_, delta_, errors_, tokens.dtarget),
                                  stream_));
-    check_launch(kernels::key_addresses(keys, side_.stream()));
+    if (next) side_.join();
     side_.follow();
     check_launch(kernels::add_reads(
-        view_, slot_lists, gradients_, delta_, weights_, second_order ? y_ : nullptr, errors_, good_, table_.rows,
+        view_, reads_.by_slot, gradients_, delta_, weights_, second_order ? y_ : nullptr, errors_, good_, table_.rows,
         scratch_, kernels::rows_are_packs<T>(s_.width, table_.rows, delta_, errors_, scratch_), stream_));
     check_launch(kernels::key_gradients(keys, keys_aligned, side_.stream()));
-    no_dsub_keys_ = no_dsub_keys_ && reads == 0;
+    no_dsub_keys_ = no_dsub_keys_ && view_.tokens(c) == 0;
   }
 
   // The gradients of the rows after the write, by the lists of the chunk's slots.
-  void row_gradients(const Chunk& c, const kernels::OrderedLists& lists, const kernels::WriteScale& scale,
-                     int32_t before, const int32_t* read_from) {
+  void row_gradients(const Chunk& c, const kernels::WriteScale& scale) {
+    const kernels::OrderedLists& lists = reads_.by_slot;
     if (c.writes)
       check_launch(kernels::list_step_sizes(lists, view_, c, scale, counts_, counts_ + lists.n, gamma_, stream_));
     const kernels::RowsAfterWrite<T> rows{.table = table_,
-                                          .first_read = before,
+                                          .first_read = int32_t(reads_before(c)),
                                           .all_writes = int32_t(s_.writes),
                                           .all_wanted = need_dvalues_,
-                                          .read_from = read_from,
+                                          .read_from = read_from(c),
                                           .dnew_rows = dnew_rows_,
                                           .gamma = gamma_,
                                           .gradients = gradients_,
@@ -204,16 +227,15 @@ class BackwardScan {
                                                kernels::rows_are_packs<T>(s_.width, table_.rows, dnew_rows_), stream_));
   }
 
-  kernels::BackwardKeys<T> key_arguments(const Chunk& c, const kernels::OrderedLists& lists, bool through,
-                                         bool memory_moved_keys, const int32_t* places, const T* list_scores) {
+  kernels::BackwardKeys<T> key_arguments(const Chunk& c, bool through, bool memory_moved_keys) {
     const int64_t open_bytes = view_.key_rows() * ((view_.half_width + 7) / 8);
     return {.view = view_,
             .chunk = c,
-            .lists = lists,
+            .lists = reads_.by_key,
             .through = through,
-            .list_indices = list_indices_,
-            .places = places,
-            .list_scores = list_scores,
+            .list_indices = reads_.list_indices,
+            .places = places(c),
+            .list_scores = list_scores(c),
             .sub_keys = keys_of(c),
             .open = o_.clips() && o_.keys_move() && c.writes
                         ? saved_.open_keys.const_data_ptr<uint8_t>() + c.writes_before * open_bytes
@@ -227,7 +249,7 @@ class BackwardScan {
             .directions = directions_,
             .alpha = alpha_,
             .beta = beta_,
-            .p = p_,
+            .p = reads_.p,
             .tables = tables_,
             .sum = sums_,
             .scratch = key_scratch_};
@@ -250,20 +272,19 @@ class BackwardScan {
   // Of the whole pass
   kernels::RowGradients<T> table_{};
   // Of the current chunk; m tokens
-  int32_t *list_indices_, *slots_, *list_of_;      // (m, H, 2, R); (m, H, R)
-  int32_t *slot_lists_, *key_lists_, *counts_;     // workspace
-  int32_t* slot_lists_after_;                      // of the chunk after the current one
+  Reads reads_{}, next_reads_{};
+  int32_t *list_of_, *counts_;                     // (m, H, R); workspace
   kernels::ListGradient<T>* gradients_;            // (m, H, R)
   T *gamma_, *scores_, *weights_, *dscores_;       // (m, H, R)
   T *memory_terms_{}, *read_directions_{}, *y_{};  // (m, H, R), unless values_only
   T *delta_, *errors_;                             // (m, V)
   uint8_t* good_;                                  // (m)
   T *scratch_, *key_scratch_;
-  T *theta_{}, *directions_{}, *p_{};  // (H, 2, P, K/2); (m, H, 2, R), if sub-keys move
-  T *alpha_, *beta_;                   // (m, H, 2, R)
-  kernels::AddressTables tables_{};    // if sub-keys move
-  double* sums_{};                     // (H, 2, P), if sub-keys move
-  SideStream side_;                    // ends first: it uses all of the above
+  T *theta_{}, *directions_{};       // (H, 2, P, K/2); (m, H, 2, R), if sub-keys move
+  T *alpha_, *beta_;                 // (m, H, 2, R)
+  kernels::AddressTables tables_{};  // if sub-keys move
+  double* sums_{};                   // (H, 2, P), if sub-keys move
+  SideStream side_;                  // ends first: it uses all of the above
 };
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> chunk_scan_backward_cuda(
