@@ -387,12 +387,17 @@ def captured(function):
     return graph, result
 
 
+# Rows of the batch: chunks so small that a scan takes one stream, and such that it takes two.
+SMALL_AND_LARGE = pytest.mark.parametrize("B", [2, 32])
+
+
 @gpu_only
+@SMALL_AND_LARGE
 @pytest.mark.parametrize("score", ["dot", "idw"])
-def test_a_scan_in_place_can_be_captured(score):
+def test_a_scan_in_place_can_be_captured(score, B):
     """Decoding in a CUDA graph: the replay reads the tokens, and writes the memory, that are there at that moment."""
-    values, sub_keys, *activations = make(T=16)
-    first, other = make(T=32, device=DEVICE), [x.clone() for x in (values, sub_keys)]
+    values, sub_keys, *activations = make(B=B, T=16)
+    first, other = make(B=B, T=32), [x.clone() for x in (values, sub_keys)]
     graph, reading = captured(lambda: fwpkm_cuda.chunk_scan_(values, sub_keys, *activations, **OPTIONS, score=score))
     for held in ((values, sub_keys), other):
         for x, start in zip(held, first, strict=False):
@@ -406,9 +411,10 @@ def test_a_scan_in_place_can_be_captured(score):
 
 
 @gpu_only
+@SMALL_AND_LARGE
 @pytest.mark.parametrize("score", ["dot", "idw"])
-def test_a_training_step_can_be_captured(score):
-    values, sub_keys, query, target, gate, mask = make()
+def test_a_training_step_can_be_captured(score, B):
+    values, sub_keys, query, target, gate, mask = make(B=B)
     leaves = [x.requires_grad_() for x in (query, target, gate)]
     options = dict(OPTIONS, score=score, values_only=False)
 
@@ -430,9 +436,11 @@ def test_a_training_step_can_be_captured(score):
 
 
 @gpu_only
-def test_work_goes_to_the_current_stream():
-    """The inputs arrive late in a stream of their own; work in any other stream would read what was there before."""
-    inputs = make(T=40)
+@SMALL_AND_LARGE
+def test_work_goes_to_the_current_stream(B):
+    """The inputs arrive late in a stream of their own; work that does not wait for it would read what was there
+    before."""
+    inputs = make(B=B, T=40)
     expected = [*everything(inputs, **OPTIONS), *in_place(*inputs, **OPTIONS)]
     late = [torch.zeros_like(x) for x in inputs]
     torch.cuda.synchronize()

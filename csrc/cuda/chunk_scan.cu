@@ -35,10 +35,8 @@ class ForwardScan {
         keys_(sub_keys_),
         log_(in_place ? nullptr : r.new_rows.mutable_data_ptr<T>()),
         versions_(versions_of<T>(s, o, values_, log_)),
-        side_(stream, s.writes > 0) {
-    int64_t most = 0;  // tokens of a chunk
-    for (const Step& step : s.steps) most = std::max(most, s.batch * step.tokens());
-    const int64_t n = s.reads_per_token();
+        side_(stream, works_apart(s)) {
+    const int64_t most = most_tokens(s), n = s.reads_per_token();
     const auto type = in.values.scalar_type();
     const auto buffer = [&](int64_t size, ScalarType t) { return make(in.values, {size}, t); };
     slots_ = buffer(most * n, ScalarType::Int);

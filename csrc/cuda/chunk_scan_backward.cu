@@ -41,10 +41,8 @@ class BackwardScan {
         dlosses_(pointer(grads.losses)),
         daddressing_(pointer(grads.addressing_loss)),
         dnew_rows_(pointer(grads.new_rows)),
-        side_(stream, s.writes > 0) {
-    int64_t tokens = 0;  // of a chunk, at most
-    for (const Step& step : s.steps) tokens = std::max(tokens, s.batch * step.tokens());
-    const int64_t n = tokens * s.reads_per_token();
+        side_(stream, works_apart(s)) {
+    const int64_t tokens = most_tokens(s), n = tokens * s.reads_per_token();
     const int64_t rows = std::min(s.slots, reads_of_call());
     table_ = {ints(s.slots), take<kernels::RowState>(rows, ScalarType::Byte), numbers(rows * s.width),
               s.slots <= reads_of_call()};

@@ -62,6 +62,8 @@ std::tuple<Tensor, Tensor> product_key_topk_backward_cuda(const Tensor& dscores,
   const bool idw = parse_score(score) == Score::kIdw;
   STD_TORCH_CHECK(2 * indices.numel() <= std::numeric_limits<int32_t>::max(),
                   "expected fewer than 2^30 reads in one call, got ", indices.numel());
+  STD_TORCH_CHECK(2 * s.heads * s.sub_keys <= std::numeric_limits<int32_t>::max(),
+                  "sub_keys: expected fewer than 2^31 in all, got ", 2 * s.heads * s.sub_keys);
   const CudaScope cuda(sub_keys);
   const auto type = sub_keys.scalar_type();
   const Tensor d = prepared(dscores, type), q = prepared(query, type), k = prepared(sub_keys, type),

@@ -1,5 +1,6 @@
 // From the checked arguments of a scan to what its kernels see. For the .cu files of chunk_scan and its backward pass.
 #pragma once
+#include <algorithm>
 #include <vector>
 
 #include "kernels/write_rows.cuh"
@@ -48,6 +49,18 @@ inline std::vector<kernels::Chunk> chunks_of(const ScanSizes& s) {
     writes += step.writes;
   }
   return chunks;
+}
+
+// Tokens of a chunk over the batch, at most.
+inline int64_t most_tokens(const ScanSizes& s) {
+  int64_t most = 0;
+  for (const Step& step : s.steps) most = std::max(most, s.batch * step.tokens());
+  return most;
+}
+
+// Whether a scan, or its backward pass, should use two streams.
+inline bool works_apart(const ScanSizes& s) {
+  return s.writes > 0 && most_tokens(s) * s.reads_per_token() >= kernels::ScanSize::kLeastReadsApart;
 }
 
 // kappa of gamma = kappa / N_read

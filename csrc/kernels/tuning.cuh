@@ -14,6 +14,9 @@ namespace fwpkm::kernels {
 #ifndef FWPKM_LEAST_SHARED_ELEMENTS
 #define FWPKM_LEAST_SHARED_ELEMENTS (1 << 23)  // and have less to do
 #endif
+#ifndef FWPKM_LEAST_READS_APART
+#define FWPKM_LEAST_READS_APART 1024
+#endif
 
 struct LaunchSize {
   static constexpr int kThreads = FWPKM_THREADS;
@@ -22,6 +25,11 @@ struct LaunchSize {
   static constexpr int64_t kLeastSharedElements = FWPKM_LEAST_SHARED_ELEMENTS;
   static constexpr int kSharedBlocks = 128;
   static constexpr int64_t kMostSharedBytes = 1 << 18;  // no device has more
+};
+
+// The launches of a scan (cuda/scan.h): waits between two streams cost more than smaller chunks would win.
+struct ScanSize : LaunchSize {
+  static constexpr int64_t kLeastReadsApart = FWPKM_LEAST_READS_APART;  // of a chunk
 };
 
 // radix_sort.cuh and ordered_lists.cuh
