@@ -68,19 +68,20 @@ class ForwardScan {
     if (in_place) other_keys_ = make(in.sub_keys, {key_count()}, type);
   }
 
-  // The side has what sub-keys wait for: searching, sorting, the sub-keys' step; the search of the next chunk needs no
-  // row of this one. All of it are small launches. The current stream has the rows.
+  // The side has what sub-keys wait for, many short launches: searching, sorting, the sub-keys' step. The current
+  // stream has the rows. So the search of the next chunk, which needs no row of this one, need not wait for the rows'
+  // step.
   void run(Tensor& sub_keys) {
     const auto chunks = chunks_of(s_);
     side_.follow();
     for (size_t i = 0; i < chunks.size(); ++i) {
       search(chunks[i]);
-      side_.join();
+      side_.join();  // slots
       read(chunks[i]);
       if (!chunks[i].writes) break;  // a partial chunk, and the last
       const auto [by_slot, by_key] = build_lists(chunks[i]);
-      side_.follow();
-      side_.join();
+      side_.follow();  // what was read; and that slots and scores have been used
+      side_.join();    // lists
       write_rows(chunks[i], by_slot, write_scale_of(s_.steps[i], s_, o_, masked_));
       if (o_.keys_move()) write_keys(chunks[i], by_key);
     }

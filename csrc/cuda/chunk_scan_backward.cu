@@ -160,7 +160,7 @@ class BackwardScan {
                                                          keys.dsub_keys, theta_, key_scratch_);
     row_gradients(c, scale);
     if (through) check_launch(kernels::key_directions(keys, keys_aligned, side_.stream()));
-    side_.join();
+    side_.join();  // directions
     check_launch(kernels::key_addresses(keys, side_.stream()));
     if (next) prepare(*next, next_reads_);
 
@@ -198,8 +198,8 @@ class BackwardScan {
                                  kernels::rows_are_packs<T>(s_.width, versions_.values, versions_.log, table_.rows,
                                                             view_.target, dout_, delta_, errors_, tokens.dtarget),
                                  stream_));
-    if (next) side_.join();
-    side_.follow();
+    if (next) side_.join();  // its reads
+    side_.follow();          // gradients of scores
     check_launch(kernels::add_reads(
         view_, reads_.by_slot, gradients_, delta_, weights_, second_order ? y_ : nullptr, errors_, good_, table_.rows,
         scratch_, kernels::rows_are_packs<T>(s_.width, table_.rows, delta_, errors_, scratch_), stream_));
