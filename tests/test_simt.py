@@ -9,6 +9,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,15 @@ def run(program, *words):
     return result.returncode, output
 
 
+def run_each(program, command, seeds, names):
+    """What the program prints of each case, one process per case; fails unless all end well."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        results = list(pool.map(lambda name: run(program, command, seeds, name), names))
+    wrong = [output for code, output in results if code != 0]
+    assert not wrong, "\n".join(wrong)
+    return [output for _, output in results]
+
+
 def cases(programs, small=False):
     names = run(programs["plain"], "list")[1].split()
     return [name for name in names if name.startswith("small_") or not small]
@@ -112,18 +122,15 @@ def test_every_case_under_many_schedules(programs):
     """Bit for bit what a plain loop gives."""
     names = cases(programs)
     assert len(names) > 30
-    code, output = run(programs["plain"], "check", SEEDS, *names)
-    assert code == 0, output
+    run_each(programs["plain"], "check", SEEDS, names)
 
 
 def test_address_and_undefined_behaviour_sanitizers(programs):
-    code, output = run(programs["asan"], "check", SEEDS if FULL else 2, *cases(programs))
-    assert code == 0, output
+    run_each(programs["asan"], "check", SEEDS if FULL else 2, cases(programs))
 
 
 def test_thread_sanitizer(programs):
-    code, output = run(programs["tsan"], "check", 10 if FULL else 2, *cases(programs, small=True))
-    assert code == 0, output
+    run_each(programs["tsan"], "check", 10 if FULL else 2, cases(programs, small=True))
 
 
 @pytest.mark.parametrize("name", ["right_barrier", "right_fence"])
@@ -144,9 +151,7 @@ def test_broken_kernels_are_reported(programs, name):
 def mutation_scores(programs, build, seeds):
     """{barrier: schedules in which its absence was noticed}, over all small cases."""
     scores = {}
-    for name in cases(programs, small=True):
-        code, output = run(programs[build], "mutate", seeds, name)
-        assert code == 0, output
+    for output in run_each(programs[build], "mutate", seeds, cases(programs, small=True)):
         for line in output.splitlines():
             barrier, _, noticed = line.rpartition(" ")
             scores[barrier] = scores.get(barrier, 0) + int(noticed)
