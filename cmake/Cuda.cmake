@@ -48,7 +48,8 @@ function(fwpkm_cuda_sources name architectures)
     target_include_directories(${name} SYSTEM PRIVATE ${FWPKM_CUTLASS_INCLUDE})
   endif()
   list(JOIN FWPKM_PREFIX_MAP "," prefix_map)
-  target_compile_options(${name} PRIVATE --expt-relaxed-constexpr --expt-extended-lambda
+  # -fmad=false: a * b + c is rounded twice, as in the tests of the kernels on the CPU; fused is what is written fma.
+  target_compile_options(${name} PRIVATE --expt-relaxed-constexpr --expt-extended-lambda -fmad=false
     -Xcompiler=-Wall,-Wextra,${prefix_map}
     $<$<BOOL:${FWPKM_WERROR}>:--Werror=all-warnings>
     $<$<BOOL:${FWPKM_LINEINFO}>:-lineinfo>

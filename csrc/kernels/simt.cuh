@@ -2,7 +2,7 @@
 // stand-in takes its place (tests/simt/cuda_on_cpu.h), which runs every CUDA thread as a fiber.
 //
 // Kernels keep to what both understand: SIMT_SHARED instead of __shared__, simt::launch instead of <<<>>>, collectives
-// with explicit masks, fmaf instead of a * b + c (nvcc contracts that, a host compiler may not).
+// with explicit masks, fma where a product and a sum are to be rounded once (neither compiler may contract a * b + c).
 #pragma once
 #include <cmath>
 #include <cstddef>

@@ -153,11 +153,12 @@ __global__ void __launch_bounds__(Size::kThreads)
   }
 }
 
-// The newest rows of the log catch up with the writes since their own. One warp per place.
+// The newest rows of the log, which is also that of `versions`, catch up with the writes since their own. One warp per
+// place.
 template <typename Size, typename T>
 __global__ void __launch_bounds__(Size::kThreads)
     finish_rows(ScanView<T> view, Versions<T> versions, int64_t places, int64_t writes,
-                const int32_t* __restrict__ new_slots, T* __restrict__ log, unsigned* error_word) {
+                const int32_t* __restrict__ new_slots, T* log, unsigned* error_word) {
   const int64_t step = int64_t(gridDim.x) * (Size::kThreads / 32), width = view.width;
   for (int64_t e = (int64_t(blockIdx.x) * Size::kThreads + threadIdx.x) / 32; e < places; e += step) {
     if (new_slots[e] < 0) continue;
