@@ -1,4 +1,5 @@
-# make demo | build | test | test-full | sanitize | lint | format | wheel | test-matrix | kernel-table | gpu-check | clean
+# make demo | build | test | test-full | sanitize | lint | format | wheel | test-matrix | kernel-table | kernel-traffic |
+#      gpu-check | clean
 # Everything runs in the virtual environment .venv, which is made on first use and renewed when its inputs change.
 #   PYTHON=python3.12       the Python it is made from (3.10 or newer)
 #   TORCH=torch==2.11.0     the PyTorch it gets, in the words of pip install
@@ -23,7 +24,7 @@ SETTINGS = $(PYTHON) $(TORCH) $(BUILD_TOOLS) $(EXTRAS)
 BUILD_VARIABLES = CXX CXXFLAGS CMAKE_ARGS $(filter-out FWPKM_TEST_FULL FWPKM_CPU_CAPABILITY FWPKM_LIBRARY,$(filter FWPKM_%,$(.VARIABLES)))
 BUILD_SETTINGS = $(foreach name,$(sort $(BUILD_VARIABLES)),$(name)=$($(name)))
 
-.PHONY: demo build test test-full sanitize lint format wheel test-matrix kernel-table gpu-check clean FORCE
+.PHONY: demo build test test-full sanitize lint format wheel test-matrix kernel-table kernel-traffic gpu-check clean FORCE
 .DELETE_ON_ERROR:
 
 demo: $(BUILD)
@@ -60,6 +61,9 @@ test-matrix: $(ENVIRONMENT)
 
 kernel-table: $(ENVIRONMENT)
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python scripts/kernel_table.py $(ARGUMENTS)
+
+kernel-traffic: $(BUILD)
+	$(BIN)/python scripts/kernel_traffic.py
 
 # It builds for this machine's GPU alone: the next target that wants a build must not take that one for its own.
 gpu-check: $(ENVIRONMENT)

@@ -38,15 +38,10 @@ SANITIZED = {
 }
 
 
-@pytest.fixture(scope="module")
-def library():
+def built(target):
     """Brings a variant of the library up to date and returns its path."""
-
-    def built(target):
-        build(f"-DFWPKM_TORCH_DIR={Path(torch.__file__).parent}", target=target)
-        return BUILD / f"libfwpkm_{target}.so"
-
-    return built
+    build(f"-DFWPKM_TORCH_DIR={Path(torch.__file__).parent}", target=target)
+    return BUILD / f"libfwpkm_{target}.so"
 
 
 def python(library, *words, **environment):
@@ -67,9 +62,9 @@ def run(library, file, selection, **environment):
 
 
 @pytest.fixture(scope="module")
-def runs(library, request):
+def runs(request):
     """{file: its run}, all that are selected at the same time: each has one thread."""
-    path = library("simt_ops")
+    path = built("simt_ops")
     files = [
         x.callspec.params["file"] for x in request.session.items if x.name.startswith("test_the_cuda_operators_pass")
     ]
@@ -82,7 +77,7 @@ def test_the_cuda_operators_pass(runs, file):
     runs[file].result()
 
 
-def test_every_cuda_operator_is_in_the_library(library):
+def test_every_cuda_operator_is_in_the_library():
     """Under the key of the CPU: no file of csrc/cuda registers its operators in another way than binding/stream.h's."""
     sources = [path.read_text() for path in (ROOT / "csrc" / "cuda").glob("*.cu")]
     names = [name for text in sources for name in re.findall(r'm\.impl\("(\w+)"', text)]
@@ -93,22 +88,26 @@ def test_every_cuda_operator_is_in_the_library(library):
         " for key in ('CPU', 'CUDA')]))"
     )
     assert len(names) >= 4
-    assert python(library("simt_ops"), "-c", code).splitlines() == [f"{name} 1 0" for name in names]
+    assert python(built("simt_ops"), "-c", code).splitlines() == [f"{name} 1 0" for name in names]
 
 
-def test_every_wait_between_streams_is_there_and_needed(library):
+def test_every_wait_between_streams_is_there_and_needed():
     # What is freed or new holds rubbish, and not what the same call has left there.
-    words = python(library("simt_ops"), ROOT / "tests" / "simt" / "streams.py", MALLOC_PERTURB_="85")
+    words = python(built("simt_ops"), ROOT / "tests" / "simt" / "streams.py", MALLOC_PERTURB_="85")
     assert words.count("needs its waits") == 3
+
+
+def test_no_kernel_passes_over_the_memory():
+    assert python(built("simt_traffic"), ROOT / "tests" / "simt" / "traffic.py").count("bytes of a memory") == 3
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("file", SANITIZED)
-def test_the_cuda_operators_under_sanitizers(library, file):
+def test_the_cuda_operators_under_sanitizers(file):
     compiler = os.environ.get("CXX", "c++")
     paths = [
         subprocess.run([compiler, f"-print-file-name=lib{name}.so"], capture_output=True, text=True, check=True).stdout
         for name in ("asan", "ubsan")
     ]
     options = {"ASAN_OPTIONS": "detect_leaks=0", "LD_PRELOAD": " ".join(path.strip() for path in paths)}
-    run(library("simt_ops_asan"), file, SANITIZED[file], **options)
+    run(built("simt_ops_asan"), file, SANITIZED[file], **options)

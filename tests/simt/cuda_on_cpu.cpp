@@ -59,6 +59,7 @@ simt_switch:
 )");
 extern "C" void simt_switch(void** save, void* load);
 extern "C" void simt_fiber_main();
+extern "C" __attribute__((visibility("hidden"))) const char __ehdr_start[], _end[];  // of this program or library
 
 namespace simt::detail {
 namespace {
@@ -498,7 +499,17 @@ void fence() {
   TSAN(__tsan_release(&fence_sync));
 }
 
-cudaError_t run(dim3 g, dim3 t, const std::function<void()>& kernel) {
+// Whether p, which the running thread is about to touch, is neither its stack nor shared memory, nor how it was called,
+// nor a variable of the library.
+bool in_global_memory(const void* p) {
+  if (!self || !self->block) return false;
+  const auto within = [&](const void* begin, const void* end) { return p >= begin && p < end; };
+  return !within(self->stack, self->stack + kPage + kStack) &&
+         !within(self->block->memory, self->block->memory + kSharedBytes) && !within(body, body + 1) &&
+         !within(__ehdr_start, _end);
+}
+
+cudaError_t run(dim3 g, dim3 t, const void* kernel, const std::function<void()>& call) {
   const size_t blocks = size_t(g.x) * g.y * g.z, threads = size_t(t.x) * t.y * t.z;
   if (!blocks || !threads || threads > 1024 || t.z > 64 || g.x > 0x7fffffffu || g.y > 65535 || g.z > 65535)
     return cudaErrorInvalidConfiguration;
@@ -506,7 +517,8 @@ cudaError_t run(dim3 g, dim3 t, const std::function<void()>& kernel) {
   run_ahead = std::array{0.0, 0.5, 0.9, 0.99}[options.seed % 4];
   gridDim = g;
   blockDim = t;
-  body = &kernel;
+  body = &call;
+  running = {kernel, g, t, running.number + 1};
   ready.clear();
   failure.clear();
   idle = 0;

@@ -71,7 +71,16 @@ struct Fragments {
   float a[4], b[2];
 };
 
-cudaError_t run(dim3 grid, dim3 block, const std::function<void()>& kernel);
+// The launch under way, for traffic.cpp; `number` counts launches.
+struct Launch {
+  const void* kernel = nullptr;
+  dim3 grid, block;
+  size_t number = 0;
+};
+inline Launch running;
+
+cudaError_t run(dim3 grid, dim3 block, const void* kernel, const std::function<void()>& body);
+bool in_global_memory(const void* p);
 cudaError_t submit(cudaStream_t stream, std::function<cudaError_t()> work);
 void block_barrier(Site at);
 void warp_collective(Op op, unsigned mask, int argument, const void* in, void* out, size_t size, Site at);
@@ -100,13 +109,23 @@ T atomic(T* p, F f) {
   return old;
 }
 
+// Copies of the parameters are no loads of the kernel's.
+template <typename Kernel, typename Tuple, size_t... I>
+__attribute__((no_sanitize("thread"))) void call(Kernel* kernel, const Tuple& parameters, std::index_sequence<I...>) {
+  kernel(std::get<I>(parameters)...);
+}
+
 }  // namespace detail
 
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, cudaStream_t stream,
                    Arguments&&... arguments) {
   std::tuple<Parameters...> parameters{static_cast<Parameters>(std::forward<Arguments>(arguments))...};
-  return detail::submit(stream, [=] { return detail::run(grid, block, [&] { std::apply(kernel, parameters); }); });
+  return detail::submit(stream, [=] {
+    return detail::run(grid, block, reinterpret_cast<const void*>(kernel), [&] __attribute__((no_sanitize("thread"))) {
+      detail::call(kernel, parameters, std::index_sequence_for<Parameters...>());
+    });
+  });
 }
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch_with_shared(size_t, void (*kernel)(Parameters...), dim3 grid, dim3 block, cudaStream_t stream,
