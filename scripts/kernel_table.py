@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Writes docs/kernel-table.md: registers, shared memory, stack and spills of every CUDA kernel, as ptxas reports them.
+"""Writes docs/kernel-table.md: registers, shared memory, stack and spills of every CUDA kernel, as ptxas reports them;
+how many warps that leaves room for, and how many instructions it has.
 
     scripts/kernel_table.py [--archs "80-real;90a-real"] [--check] [--output FILE] [--jobs 2]
 
@@ -13,6 +14,7 @@ import json
 import os
 import re
 import shlex
+import struct
 import subprocess
 import sys
 import tempfile
@@ -33,6 +35,25 @@ SPILLS = dict.fromkeys(
 )  # fmt: skip
 
 
+class Multiprocessor(NamedTuple):
+    """The CUDA programming guide's table of compute capabilities."""
+
+    warps: int
+    blocks: int
+    shared: int  # bytes
+
+
+LARGE, SMALL = Multiprocessor(64, 32, 164 << 10), Multiprocessor(48, 24, 100 << 10)
+MULTIPROCESSORS = {
+    "sm_80": LARGE,
+    "sm_86": SMALL._replace(blocks=16),
+    "sm_89": SMALL,
+    "sm_90a": LARGE._replace(shared=228 << 10),
+    "sm_100a": LARGE._replace(shared=228 << 10),
+    "sm_120": SMALL,
+}
+
+
 class Kernel(NamedTuple):
     name: str  # mangled
     arch: str  # "sm_90a"
@@ -41,10 +62,20 @@ class Kernel(NamedTuple):
     spill_stores: int
     spill_loads: int
     stack: int
+    threads: int = 0  # of its largest block
+    instructions: int = 0
 
     @property
     def spills(self):
         return self.spill_stores + self.spill_loads > 0
+
+    @property
+    def warps(self):
+        """Of its largest blocks, at the same time on a multiprocessor; dynamic shared memory left aside."""
+        room, warps = MULTIPROCESSORS[self.arch], self.threads // 32
+        by_registers = (1 << 16) // (-(-self.registers * 32 // 256) * 256) // 4 * 4
+        shared = -(-(self.shared + 1024) // 128) * 128  # a block's own KB included
+        return min(room.blocks, room.warps // warps, by_registers // warps, room.shared // shared) * warps
 
 
 def parse(text, arch):
@@ -63,6 +94,43 @@ def parse(text, arch):
             shared = re.search(r"(\d+) bytes smem", line)
             found[name] = found[name]._replace(registers=int(match[1]), shared=int(shared[1]) if shared else 0)
     return list(found.values())
+
+
+def sections(elf):
+    """{name: contents} of a 64-bit ELF file"""
+    (start,) = struct.unpack_from("<Q", elf, 0x28)
+    size, count, of_names = struct.unpack_from("<HHH", elf, 0x3A)
+    headers = [struct.unpack_from("<IIQQQQ", elf, start + i * size) for i in range(count)]
+    names = elf[headers[of_names][4] :]
+    return {
+        names[name : names.index(b"\0", name)].decode(): elf[at : at + length] for name, _, _, _, at, length in headers
+    }
+
+
+def largest_block(attributes):
+    """Threads, of a section .nv.info.KERNEL: attributes, each a format, a number, and 16 bits or so many bytes."""
+    at = 0
+    while at < len(attributes):
+        form, attribute, value = struct.unpack_from("<BBH", attributes, at)
+        if (form, attribute) == (4, 5):  # maximal size of a block: x, y, z
+            x, y, z = struct.unpack_from("<3I", attributes, at + 4)
+            return x * y * z
+        at += 4 + (value if form == 4 else 0)
+    return 1024
+
+
+def with_code(kernels, elf):
+    """The same, with what is read from their machine code."""
+    found = sections(elf)
+    return [
+        kernel._replace(
+            threads=largest_block(found[f".nv.info.{kernel.name}"]),
+            instructions=len(found[f".text.{kernel.name}"]) // 16,
+        )
+        if kernel.registers is not None
+        else kernel
+        for kernel in kernels
+    ]
 
 
 def demangled(names):
@@ -137,7 +205,7 @@ def compiled(file, machine, command):
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
         sys.exit(f"{file} for {machine}:\n{done.stdout}")
-    return file, parse(done.stdout, machine)
+    return file, with_code(parse(done.stdout, machine), Path(command[command.index("-o") + 1]).read_bytes())
 
 
 def measure(archs, jobs):
@@ -162,13 +230,16 @@ def table(files, version):
         f"nvcc {version}, `make kernel-table`: {total} kernels, one row for each architecture. Sizes in bytes, shared"
     ]
     lines += [
-        'memory without the dynamic part. Those that spill come first, in bold; registers "-": a function not inlined.'
+        'memory without the dynamic part. Those that spill come first, in bold; registers "-": a function not inlined.',
+        "Warps: so many fit on a multiprocessor with that, in the largest blocks that the kernel is made for.",
     ]
     for file, kernels in sorted(files.items()):
         rows = []
         for k in kernels:
             short = shortened(names[k.name])
-            row = (short, k.arch, "-" if k.registers is None else k.registers, *k[3:])
+            inlined = k.registers is None
+            code = ("-", "-", "-") if inlined else (k.threads, k.warps, k.instructions)
+            row = (short, k.arch, "-" if inlined else k.registers, *k[3:7], *code)
             if k in seen:  # a template that several files use
                 continue
             seen.add(k)
@@ -178,8 +249,11 @@ def table(files, version):
             rows.append((name, *row[1:]))
         if rows:
             lines += ["", f"## {file}", ""]
-            lines += ["| kernel | architecture | registers | shared | spill stores | spill loads | stack |"]
-            lines += ["|---|---|--:|--:|--:|--:|--:|"]
+            lines += [
+                "| kernel | architecture | registers | shared | spill stores | spill loads | stack | threads | warps | "
+            ]
+            lines[-1] += "instructions |"
+            lines += ["|---|---|" + "--:|" * 8]
             lines += ["| " + " | ".join(map(str, row)) + " |" for row in sorted(rows, key=str)]
     if SPILLS:
         lines += ["", "## Why some spill", "", *(f"* `{name}`: {reason}" for name, reason in sorted(SPILLS.items()))]

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import struct
 import subprocess
 import sys
 import time
@@ -41,20 +42,59 @@ def gpu_check(monkeypatch):
     return importlib.import_module("gpu_check")
 
 
+def elf(sections):
+    """A 64-bit ELF file with no more than its sections."""
+    contents = {**sections, ".shstrtab": b"\0".join(name.encode() for name in (*sections, ".shstrtab", ""))}
+    data, headers, name_at = bytes(64), b"", 0
+    for name, content in contents.items():
+        headers += struct.pack("<IIQQQQIIQQ", name_at, 0, 0, 0, len(data), len(content), 0, 0, 0, 0)
+        data, name_at = data + content, name_at + len(name) + 1
+    counts = struct.pack("<HHH", 64, len(contents), len(contents) - 1)
+    return data[:0x28] + struct.pack("<Q", len(data)) + bytes(10) + counts + data[0x40:] + headers
+
+
 def test_registers_and_spills_are_read_from_ptxas(kernel_table):
     kernels = kernel_table.parse(PTXAS, "sm_80")
-    assert [x[1:] for x in kernels] == [
+    assert [x[1:7] for x in kernels] == [
         ("sm_80", 32, 1024, 0, 0, 0), ("sm_80", 64, 0, 8, 12, 8), ("sm_80", None, 0, 0, 0, 40),
     ]  # fmt: skip
     assert [x.spills for x in kernels] == [False, True, False]
 
 
+def test_block_and_instructions_are_read_from_machine_code(kernel_table):
+    kernels = kernel_table.parse(PTXAS, "sm_80")
+    first, second = (x.name for x in kernels[:2])
+    bounds = struct.pack("<BBHBBH3I", 3, 0x1B, 128, 4, 5, 12, 64, 2, 1)
+    file = elf({f".text.{first}": bytes(160), f".nv.info.{first}": bounds, f".text.{second}": bytes(32),
+                f".nv.info.{second}": bounds[:4]})  # fmt: skip
+    found = kernel_table.with_code(kernels, file)
+    assert [(x.threads, x.instructions) for x in found] == [(128, 10), (1024, 2), (0, 0)]
+
+
+@pytest.mark.parametrize(
+    ("arch", "registers", "shared", "threads", "warps"),
+    [
+        ("sm_90a", 32, 0, 256, 64),
+        ("sm_90a", 64, 0, 256, 32),  # registers
+        ("sm_90a", 65, 0, 256, 24),  # of a warp in units of 256
+        ("sm_90a", 32, 41040, 256, 40),  # five blocks of 41 KB
+        ("sm_80", 32, 41040, 256, 24),
+        ("sm_90a", 16, 0, 32, 32),  # blocks
+        ("sm_86", 16, 0, 32, 16),
+        ("sm_89", 40, 0, 512, 48),
+    ],
+)
+def test_warps_that_fit(kernel_table, arch, registers, shared, threads, warps):
+    kernel = kernel_table.Kernel("k", arch, registers, shared, 0, 0, 0, threads, 100)
+    assert kernel.warps == warps
+
+
 def test_a_spill_needs_a_reason(kernel_table, monkeypatch):
-    files = {Path("a.cu"): kernel_table.parse(PTXAS, "sm_80")}
+    files = {Path("a.cu"): [x._replace(threads=256, instructions=9) for x in kernel_table.parse(PTXAS, "sm_80")]}
     monkeypatch.setattr(kernel_table, "SPILLS", {})
     lines, inexcusable = kernel_table.table(files, "13.0")
-    assert "| **`gather<LaunchSize, false, float, int>`** | sm_80 | 64 | 0 | 8 | 12 | 8 |" in lines
-    assert "| `count_digits<OrderedListsSize>` | sm_80 | 32 | 1024 | 0 | 0 | 0 |" in lines
+    assert "| **`gather<LaunchSize, false, float, int>`** | sm_80 | 64 | 0 | 8 | 12 | 8 | 256 | 32 | 9 |" in lines
+    assert "| `count_digits<OrderedListsSize>` | sm_80 | 32 | 1024 | 0 | 0 | 0 | 256 | 64 | 9 |" in lines
     assert len(inexcusable) == 1 and "gather<LaunchSize, false, float, int> on sm_80" in inexcusable[0]
     monkeypatch.setattr(kernel_table, "SPILLS", {"gather": "eight bytes, once per block"})
     lines, inexcusable = kernel_table.table(files, "13.0")

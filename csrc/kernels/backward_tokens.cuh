@@ -130,6 +130,8 @@ __global__ void __launch_bounds__(Size::kThreads) token_gradients(BackwardTokens
 
     // err and d e; of all columns, for whether the loss is finite decides what becomes of them
     bool good = pair;
+    const bool one_pack = width <= int64_t(blockDim.x) * kPack;  // of each thread: it stays in registers
+    Pack<T> kept_error, kept_derror;
     T *const errors = x.errors + t * width, *const delta = x.delta + t * width;
     const T w = pair ? view.loss_weight(token) : T(0);
     const T dloss = pair && x.dlosses ? x.dlosses[view.loss_at(x.chunk, token)] : T(0);
@@ -164,8 +166,13 @@ __global__ void __launch_bounds__(Size::kThreads) token_gradients(BackwardTokens
         subtract(error, load_pack<kAligned>(view.target + view.target_row(token) * width, column, width));
         squared = add_dot(squared, error, error);  // zero beyond the row
         gate = add_dot(gate, derror, error);
-        store_pack<kAligned>(errors, column, width, error);
-        store_pack<kAligned>(delta, column, width, derror);
+        if (one_pack) {
+          kept_error = error;
+          kept_derror = derror;
+        } else {
+          store_pack<kAligned>(errors, column, width, error);
+          store_pack<kAligned>(delta, column, width, derror);
+        }
       }
       squared = block_sum(squared, &partial[0][0]);
       gate = block_sum(gate, &partial[1][0]);
@@ -180,8 +187,8 @@ __global__ void __launch_bounds__(Size::kThreads) token_gradients(BackwardTokens
       Pack<T> sum = filled_pack(T(0));
       if (own && x.dout) sum = load_pack<kAligned>(x.dout + view.own_row(token) * width, column, width);
       if (good) {
-        Pack<T> error = load_pack<kAligned>(errors, column, width), back = load_pack<kAligned>(delta, column, width);
-        Pack<T> dtarget;
+        Pack<T> error = one_pack ? kept_error : load_pack<kAligned>(errors, column, width);
+        Pack<T> back = one_pack ? kept_derror : load_pack<kAligned>(delta, column, width), dtarget;
 #pragma unroll
         for (int j = 0; j < kPack; ++j) {
           back.v[j] = w * fma(twice, error.v[j], back.v[j]);

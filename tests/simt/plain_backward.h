@@ -305,8 +305,8 @@ void plain_tokens(Backward<T>& x) {
     const T w = !pair ? T(0) : s.gated ? x.loss_weights[x.at(t)] : T(1);
     const int64_t loss_at = t / s.chunk_tokens() * s.all_pairs() + s.before + t % s.chunk_tokens();
     const T dloss = pair && x.b.given ? x.dlosses[loss_at] : T(0);
-    T *const delta = &x.delta[t * width], *const errors = &x.errors[t * width];
-    std::vector<T> squares(32 * row_block<T, Size>(width).y), gates(squares.size());
+    T* const delta = &x.delta[t * width];
+    std::vector<T> errors(width), squares(32 * row_block<T, Size>(width).y), gates(squares.size());
     for (int64_t c = 0; c < width && pair; ++c) {
       T error = 0, derror = 0;
       for (int64_t r = 0; r < n; ++r) {
@@ -328,9 +328,8 @@ void plain_tokens(Backward<T>& x) {
     for (int64_t c = 0; c < width; ++c) {
       const T back = good ? w * std::fma(2 * dloss / T(width), errors[c], delta[c]) : T(0);
       delta[c] = (x.is_own(t) && x.b.given ? x.dout[row * width + c] : T(0)) + back;
-      if (!good) continue;
-      x.dtarget[x.target_row(t) * width + c] = -back;
-      errors[c] *= w;
+      x.errors[t * width + c] = good ? errors[c] *= w : T(NAN);  // of other tokens e means nothing
+      if (good) x.dtarget[x.target_row(t) * width + c] = -back;
     }
 
     T *const dz = &x.dscores[t * n], *const terms = x.memory_moved_keys() ? &x.memory_terms[t * n] : nullptr;

@@ -72,11 +72,14 @@ cudaError_t run_tokens(Backward<T>& x) {
                                  .good = x.good.get(),
                                  .dtarget = x.dtarget.get(),
                                  .dloss_weights = x.s.gated ? x.dloss_weights.get() : nullptr};
-  return backward_tokens<Size>(
+  const cudaError_t error = backward_tokens<Size>(
       tokens,
       rows_are_packs<T>(x.width, x.values.get(), x.log.get(), tokens.gradient_rows, x.target.get(), x.dout.get(),
                         tokens.delta, tokens.errors, tokens.dtarget),
       nullptr);
+  for (int64_t i = 0; i < x.m * x.width; ++i)
+    if (!x.good[i / x.width]) x.errors[i] = NAN;  // as plain_tokens has it
+  return error;
 }
 
 template <typename Size, typename T>
