@@ -27,6 +27,17 @@ inline void check_cuda(cudaError_t error, const char* what) {
   STD_TORCH_CHECK(error == cudaSuccess, what, ": CUDA error: ", cudaGetErrorString(error));
 }
 
+// While a stream is being captured CUDA may refuse calls that others could be hurt by: making streams, asking for what
+// code must be loaded for. Those that are made while it lives hurt nobody.
+class RelaxedCapture {
+ public:
+  RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  ~RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
 #ifdef __CUDACC__
 // While it lives the device of `t` is the current one.
 class CudaScope {

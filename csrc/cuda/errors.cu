@@ -30,8 +30,7 @@ int64_t take_errors_cuda(const Tensor& device) {
 
 }  // namespace
 
-// Asked of CUDA once per device: the question may load the library's code there, which a stream that is being captured
-// does not allow.
+// Asked of CUDA once per device: the question may load the library's code there.
 unsigned* error_word() {
   constexpr int kMostDevices = 64;
   static std::atomic<unsigned*> known[kMostDevices];
@@ -40,6 +39,7 @@ unsigned* error_word() {
   STD_TORCH_CHECK(device < kMostDevices, "device: expected a number below ", kMostDevices, ", got ", device);
   if (unsigned* const address = known[device].load(std::memory_order_relaxed)) return address;
   void* address = nullptr;
+  const RelaxedCapture relaxed;
   check_cuda(cudaGetSymbolAddress(&address, word), "error_word");
   known[device].store(static_cast<unsigned*>(address), std::memory_order_relaxed);
   return static_cast<unsigned*>(address);

@@ -12,16 +12,6 @@ struct Side {
   cudaEvent_t of_current, of_side;
 };
 
-// While a stream is being captured CUDA may refuse calls that others could be hurt by; making streams hurts nobody.
-class RelaxedCapture {
- public:
-  RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
-  ~RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
-
- private:
-  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
-};
-
 Side make_side() {
   const RelaxedCapture relaxed;
   Side side{};
@@ -57,7 +47,7 @@ cudaError_t wait(cudaStream_t behind, cudaStream_t ahead, cudaEvent_t event) {
 }  // namespace
 
 SideStream::SideStream(cudaStream_t current, bool apart) : current_(current), side_(current) {
-  if (!apart) return;
+  if (!apart || current == cudaStreamPerThread) return;  // the latter is another stream in every thread
   const Side side = side_of(current);
   side_ = side.stream;
   of_current_ = side.of_current;

@@ -17,33 +17,61 @@ namespace fwpkm::kernels {
 
 constexpr double kLogFloor = 1e-8;
 
-// Whether a token takes part in nothing, for one of its (token, head) is bad: its slots are -1, with which the search
-// left them. To be asked while read_chunk gives -1 to the token's other heads, which changes nothing here.
-__device__ __forceinline__ bool left_out(const int32_t* slots, uint32_t token, uint32_t heads, uint32_t topk) {
-  bool bad = false;
-  for (uint32_t h = 0; h < heads; ++h) bad |= slots[(token * heads + h) * topk] < 0;
-  return bad;
+// Of some entries, kept[s] becomes -1 where their tokens take part in nothing, for one of a token's (token, head) is
+// bad: its slots are -1, with which the search left them. To be asked while read_chunk gives -1 to the token's other
+// heads, which changes nothing here.
+template <int kSteps>
+__device__ __forceinline__ void leave_out(const int32_t* slots, uint32_t heads, uint32_t topk,
+                                          const uint32_t (&tokens)[kSteps], int32_t (&kept)[kSteps]) {
+#pragma unroll 1
+  for (uint32_t h = 0; h < heads; ++h) {
+    int32_t of_head[kSteps];
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) of_head[s] = slots[(tokens[s] * heads + h) * topk];
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) kept[s] |= of_head[s] >> 31;  // negative: all bits, -1
+  }
 }
 
 // Slot of each read, as keys of a grouping.
 struct ReadKeys {
+  using Key = int32_t;
   const int32_t* slots;  // (m, H, R)
   uint32_t heads, topk;
-  __device__ int32_t operator[](int64_t i) const {
-    return left_out(slots, uint32_t(i) / (heads * topk), heads, topk) ? -1 : slots[i];
+  template <int kSteps>
+  __device__ void load(int64_t first, int stride, int32_t n, int32_t (&key)[kSteps]) const {
+    uint32_t tokens[kSteps];
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) {
+      const int64_t i = first + s * stride;
+      tokens[s] = i < n ? uint32_t(i) / (heads * topk) : 0;
+      key[s] = i < n ? slots[i] : -1;
+    }
+    if (heads > 1) leave_out(slots, heads, topk, tokens, key);  // of one head, these are its slots
   }
 };
 
 // Row in (memories, H, 2, P) of each entry, as keys of a grouping.
 template <typename T>
 struct EntryKeys {
+  using Key = int32_t;
   ScanView<T> view;
   Chunk chunk;
   const int32_t *list_indices, *slots;  // (m, H, 2, R), (m, H, R)
-  __device__ int32_t operator[](int64_t l) const {
+  template <int kSteps>
+  __device__ void load(int64_t first, int stride, int32_t n, int32_t (&key)[kSteps]) const {
     const uint32_t heads = uint32_t(view.heads), topk = uint32_t(view.topk);
-    if (left_out(slots, uint32_t(l) / (2 * heads * topk), heads, topk)) return -1;
-    return int32_t(view.key_row(chunk, l, list_indices[l]));
+    uint32_t tokens[kSteps];
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) {
+      const int64_t l = first + s * stride;
+      tokens[s] = l < n ? uint32_t(l) / (2 * heads * topk) : 0;
+      key[s] = l < n ? list_indices[l] : -1;
+    }
+    leave_out(slots, heads, topk, tokens, key);
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s)
+      if (key[s] >= 0) key[s] = int32_t(view.key_row(chunk, first + s * stride, key[s]));
   }
 };
 

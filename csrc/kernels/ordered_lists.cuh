@@ -99,49 +99,60 @@ __global__ void __launch_bounds__(Size::kThreads) find_begins(OrderedLists first
   }
 }
 
-// One grouping to be built.
-template <typename Keys>
-struct Grouping {
-  CheckedKeys<Keys> keys;
+// One grouping to be built, when its keys have been looked at.
+struct Passes {
   int32_t n;
   Radix radix;
   int32_t* workspace;  // (4, n): keys and entries before and after a pass; the result goes to one of both
 
-  __host__ __device__ int32_t* key(int pass) const { return workspace + int64_t(pass % 2) * n; }
-  __host__ __device__ int32_t* entry(int pass) const { return workspace + int64_t(2 + pass % 2) * n; }
+  __host__ __device__ int32_t* key(int pass) const { return workspace + int64_t(pass & 1) * n; }
+  __host__ __device__ int32_t* entry(int pass) const { return workspace + int64_t(2 + (pass & 1)) * n; }
   __host__ __device__ int32_t* begin() const { return key(radix.passes); }
   __host__ __device__ OrderedLists lists() const {
     return {n, radix.num_keys, key(radix.passes - 1), entry(radix.passes - 1), begin()};
   }
   // Pass number `pass` if there is one, else one of no tiles.
-  __host__ __device__ auto first_sort(int32_t tiles, int32_t* counts, int32_t* totals) const {
-    return Sort<CheckedKeys<Keys>>{keys, n, tiles, radix[0], counts, totals, key(0), entry(0)};
-  }
   __host__ __device__ Sort<MovedKeys> sort(int pass, int32_t tiles, int32_t* counts, int32_t* totals) const {
     if (pass >= radix.passes) return {};
-    return {{key(pass - 1), entry(pass - 1)}, n, tiles, radix[pass], counts, totals, key(pass), entry(pass)};
+    return {{{key(pass - 1)}, entry(pass - 1)}, n, tiles, radix[pass], counts, totals, key(pass), entry(pass)};
   }
 };
 
-// One block per grouping does all of it.
+template <typename Keys>
+struct Grouping : Passes {
+  CheckedKeys<Keys> keys;
+  // Pass 0, which looks at them itself.
+  auto first_sort(int32_t tiles, int32_t* counts, int32_t* totals) const {
+    return Sort<CheckedKeys<Keys>>{keys, n, tiles, radix[0], counts, totals, key(0), entry(0)};
+  }
+};
+
+// One block per grouping does all of it: puts keys and entries where a pass before the first would have left them, and
+// has one loop for all passes, for it is much code.
 template <typename Size, typename A, typename B>
 __global__ void __launch_bounds__(Size::kThreads) sort_in_block(Grouping<A> first, Grouping<B> second) {
   SIMT_SHARED(stage, MoveStage<Size>);
-  const auto sort = [&](const auto& x) {
-    if (x.n == 0) return;
-    move_tile<Size, Size::kBlockSteps, true>(x.first_sort(1, nullptr, nullptr), 0, stage);
-    __syncthreads();  // keys, entries; and the stage is free
-    for (int pass = 1; pass < x.radix.passes; ++pass) {
-      move_tile<Size, Size::kBlockSteps, true>(x.sort(pass, 1, nullptr, nullptr), 0, stage);
-      __syncthreads();  // the same
+  const auto begin = [&](const auto& x) {
+    for (int32_t first = threadIdx.x; first < x.n; first += kTile<Size>) {
+      int32_t keys[Size::kSteps];
+      x.keys.load(first, Size::kThreads, x.n, keys);
+#pragma unroll
+      for (int s = 0; s < Size::kSteps; ++s)
+        if (const int32_t i = first + s * Size::kThreads; i < x.n) {
+          x.key(-1)[i] = keys[s];
+          x.entry(-1)[i] = i;
+        }
     }
-    const OrderedLists lists = x.lists();
-    for (int32_t p = threadIdx.x; p < x.n; p += Size::kThreads) x.begin()[p] = begin_of_list(lists.key, p);
+    return Passes(x);
   };
-  if (blockIdx.x == 0)
-    sort(first);
-  else
-    sort(second);
+  const Passes x = blockIdx.x == 0 ? begin(first) : begin(second);
+  for (int pass = 0; pass < x.radix.passes && x.n; ++pass) {
+    __syncthreads();  // keys, entries; and the stage is free
+    move_tile<Size, true>(x.sort(pass, 1, nullptr, nullptr), 0, stage);
+  }
+  __syncthreads();  // the result
+  const OrderedLists lists = x.lists();
+  for (int32_t p = threadIdx.x; p < x.n; p += Size::kThreads) x.begin()[p] = begin_of_list(lists.key, p);
 }
 
 // ------------------------------------------------------------------------------------------------------------ launch
@@ -157,12 +168,17 @@ cudaError_t radix_pass(const Sort<A>& first, const Sort<B>& second, cudaStream_t
   return error;
 }
 
-// keys[i] on the device: an array, or a struct with that operator; int32 or int64. The lists will lie in `workspace`
+// keys on the device: an array of int32 or int64, or a struct like GivenKeys. The lists will lie in `workspace`
 // (ordered_lists_workspace(n) elements). A key outside [0, num_keys) is reported in `errors`, and its entry belongs to
 // no list.
 template <typename Keys>
 Grouping<Keys> grouping(Keys keys, int32_t n, int32_t num_keys, int32_t* workspace, unsigned* errors) {
-  return {{keys, num_keys, errors}, n, radix_of(num_keys), workspace};
+  return {{n, radix_of(num_keys), workspace}, {keys, num_keys, errors}};
+}
+template <typename Index>
+Grouping<GivenKeys<Index>> grouping(const Index* keys, int32_t n, int32_t num_keys, int32_t* workspace,
+                                    unsigned* errors) {
+  return grouping(GivenKeys<Index>{keys}, n, num_keys, workspace, errors);
 }
 
 // Afterwards first.lists() and second.lists() are there.
@@ -170,7 +186,7 @@ template <typename Size = OrderedListsSize, typename A, typename B>
 cudaError_t build_ordered_lists(const Grouping<A>& first, const Grouping<B>& second, cudaStream_t stream) {
   static_assert(Size::kThreads % 32 == 0);
   if (first.n == 0 && second.n == 0) return cudaSuccess;
-  constexpr int kInBlock = Size::kThreads * Size::kBlockSteps;
+  constexpr int kInBlock = kTile<Size> * Size::kBlockTiles;
   if constexpr (kInBlock > 0)
     if (first.n <= kInBlock && second.n <= kInBlock)
       return simt::launch(sort_in_block<Size, A, B>, second.n ? 2 : 1, Size::kThreads, stream, first, second);
@@ -197,7 +213,7 @@ cudaError_t build_ordered_lists(const Grouping<A>& first, const Grouping<B>& sec
 
 template <typename Size = OrderedListsSize, typename Keys>
 cudaError_t build_ordered_lists(const Grouping<Keys>& only, cudaStream_t stream) {
-  return build_ordered_lists<Size>(only, grouping<const int32_t*>(nullptr, 0, 1, nullptr, nullptr), stream);
+  return build_ordered_lists<Size>(only, grouping(GivenKeys<int32_t>{}, 0, 1, nullptr, nullptr), stream);
 }
 
 }  // namespace fwpkm::kernels

@@ -31,6 +31,7 @@ template <typename Size, int kTokens_, int kSets_>
 struct FilterTile {
   static constexpr int kThreads = Size::kThreads, kWarps = kThreads / 32, kTokens = kTokens_, kSets = kSets_;
   static constexpr int kBands = kTokens / 16, kGroups = 8, kKeys = kWarps * kGroups * 8;
+  static constexpr int kQueryRows = (kTokens * 4 + kThreads - 1) / kThreads;   // of which a thread brings a part
   static constexpr int kNormRows = (kTokens + 8 * kWarps - 1) / (8 * kWarps);  // tokens of whose norm a lane has parts
   static constexpr int kAllSets = kWarps * 4 * kSets, kMostTopk = kAllSets / (kSets == 1 ? 4 : 2);
   static constexpr int kMostKept = kSets == 1 ? 48 : 80;  // sub-keys of a token
@@ -107,6 +108,12 @@ template <bool kIdw, typename Tile>
 __device__ __forceinline__ void approximate(const FilterTask& task, int32_t first_key, Tile& tile,
                                             FilterStage<Tile>& stage) {
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, g = lane / 4, t = lane % 4;
+  const float* queries[Tile::kQueryRows];  // of which this thread brings 16 bytes for each slice; null: there is none
+#pragma unroll
+  for (int i = 0; i < Tile::kQueryRows; ++i) {
+    const int row = thread / 4 + i * (Tile::kThreads / 4);
+    queries[i] = row < task.tokens ? task.query_row(row) : nullptr;
+  }
   const auto fetch = [&](int slot, int64_t first_column) {
     const int64_t column = first_column + 4 * t;
 #pragma unroll
@@ -117,10 +124,11 @@ __device__ __forceinline__ void approximate(const FilterTask& task, int32_t firs
       simt::copy16_async(&stage.slices.keys[slot][row][4 * t],
                          exists ? task.keys + key * task.width + column : nullptr);
     }
-    for (int row = thread / 4; row < Tile::kTokens; row += Tile::kThreads / 4) {
-      const bool exists = row < task.tokens && column < task.width;
-      simt::copy16_async(&stage.slices.query[slot][row][4 * t], exists ? task.query_row(row) + column : nullptr);
-    }
+#pragma unroll
+    for (int i = 0; i < Tile::kQueryRows; ++i)
+      if (const int row = thread / 4 + i * (Tile::kThreads / 4); row < Tile::kTokens)
+        simt::copy16_async(&stage.slices.query[slot][row][4 * t],
+                           queries[i] && column < task.width ? queries[i] + column : nullptr);
     simt::commit_copies();
   };
   // A lane brings columns 4t to 4t + 3 of its rows: any four that are the same on both sides would do.

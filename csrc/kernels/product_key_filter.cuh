@@ -177,7 +177,7 @@ bool launch_filter(const float* query, TokenRows rows, const float* sub_keys, in
   using Few = std::integral_constant<int, Size::kFewTokens>;
   const bool many = rows.tiles(Many::value) * lists >= Size::kManyBlocks;
   const auto with_tokens = [&](auto sets, auto is_idw) {
-    return many ? with(Many(), sets, is_idw) : with(Few(), sets, is_idw);
+    return (many && with(Many(), sets, is_idw)) || with(Few(), sets, is_idw);  // some devices have no room for many
   };
   const auto with_sets = [&](auto is_idw) {
     using One = std::integral_constant<int, 1>;

@@ -45,23 +45,43 @@ inline Radix radix_of(int32_t num_keys) {
   return {num_keys, passes, (bits + passes - 1) / passes};
 }
 
-// Where a pass finds its entries: what the caller gave, or what the pass before has left.
+// Where a pass finds its entries: what the caller gave, or what the pass before has left. load: keys of the entries
+// first, first + stride, ... below n, all on their way at once, and -1 for others.
+//
+// Keys has `Key`, and a load of its own that may leave anything for others.
+template <typename Index>
+struct GivenKeys {
+  using Key = Index;
+  const Index* keys;
+  template <int kSteps>
+  __device__ void load(int64_t first, int stride, int32_t n, Index (&key)[kSteps]) const {
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) key[s] = first + s * stride < n ? keys[first + s * stride] : Index(-1);
+  }
+};
+
 template <typename Keys>
 struct CheckedKeys {
   Keys keys;
   int32_t num_keys;
   unsigned* errors;
-  __device__ int32_t key(int32_t i) const {
-    const auto k = keys[i];
+  template <int kSteps>
+  __device__ void load(int64_t first, int stride, int32_t n, int32_t (&key)[kSteps]) const {
+    typename Keys::Key given[kSteps];
+    keys.load(first, stride, n, given);
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) key[s] = first + s * stride < n ? checked(given[s]) : -1;
+  }
+  __device__ int32_t checked(typename Keys::Key k) const {
     if (k >= 0 && k < num_keys) return int32_t(k);
     report(errors, kIndexOutOfRange);
     return num_keys;
   }
   __device__ int32_t entry(int32_t i) const { return i; }
 };
-struct MovedKeys {
-  const int32_t *keys, *entries;
-  __device__ int32_t key(int32_t i) const { return keys[i]; }
+
+struct MovedKeys : GivenKeys<int32_t> {
+  const int32_t* entries;
   __device__ int32_t entry(int32_t i) const { return entries[i]; }
 };
 
@@ -92,12 +112,8 @@ __global__ void __launch_bounds__(Size::kThreads) count_digits(Sort<A> first, So
   of_either(first, second, [&](const auto& x, int32_t tile) {
     for (int d = threadIdx.x; d < x.pass.digits; d += Size::kThreads) count[d] = 0;
     __syncthreads();
-    int32_t keys[Size::kSteps];  // all on their way at once; -1: no entry
-#pragma unroll
-    for (int s = 0; s < Size::kSteps; ++s) {
-      const int64_t i = int64_t(tile) * kTile<Size> + s * Size::kThreads + threadIdx.x;
-      keys[s] = i < x.n ? x.source.key(int32_t(i)) : -1;
-    }
+    int32_t keys[Size::kSteps];
+    x.source.load(int64_t(tile) * kTile<Size> + threadIdx.x, Size::kThreads, x.n, keys);
 #pragma unroll
     for (int s = 0; s < Size::kSteps; ++s)
       if (keys[s] >= 0) atomicAdd(&count[x.pass.digit(keys[s])], 1);
@@ -136,28 +152,34 @@ struct MoveStage {
   int warp_sums[kWarps];
 };
 
-// Moves the entries of a tile, of which a warp owns kSteps * 32 consecutive ones. An entry's new place is the number of
-// entries of smaller digits, plus those of its digit in tiles, warps, steps and lanes before: the sort is stable.
-// kAlone: there is no other tile, nor are there counts.
-template <typename Size, int kSteps, bool kAlone, typename Source>
+// Moves the entries of a tile, of which a warp owns consecutive ones, kSteps * 32 a round. An entry's new place is the
+// number of entries of smaller digits, plus those of its digit in tiles, warps, rounds, steps and lanes before: the
+// sort is stable. kAlone: there is no other tile, nor are there counts, and there may be several rounds, whose keys are
+// loaded twice; unrolled they would be more code than a multiprocessor keeps.
+template <typename Size, bool kAlone, typename Source>
 __device__ __forceinline__ void move_tile(const Sort<Source>& x, int32_t tile, MoveStage<Size>& stage) {
-  constexpr int kWarps = Size::kThreads / 32;
+  constexpr int kWarps = Size::kThreads / 32, kSteps = Size::kSteps;
+  const int rounds = kAlone ? (x.n + kTile<Size> - 1) / kTile<Size> : 1;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, digits = x.pass.digits;
-  const int64_t first = int64_t(tile) * (Size::kThreads * kSteps) + warp * (kSteps * 32) + lane;
+  const int64_t first = int64_t(tile) * kTile<Size> + warp * rounds * (kSteps * 32) + lane;
   int* const place = stage.place[warp];
 
+  int32_t keys[kSteps], entries[kSteps];
+  const auto load = [&](int round) {
+    const int64_t begin = first + round * kSteps * 32;
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) entries[s] = begin + s * 32 < x.n ? x.source.entry(int32_t(begin + s * 32)) : 0;
+    x.source.load(begin, 32, x.n, keys);
+  };
   for (int d = lane; d < digits; d += 32) place[d] = 0;
   __syncwarp();
-  int32_t keys[kSteps], entries[kSteps];  // all on their way at once; -1: no entry
+#pragma unroll 1
+  for (int round = 0; round < rounds; ++round) {
+    load(round);
 #pragma unroll
-  for (int s = 0; s < kSteps; ++s) {
-    const int64_t i = first + s * 32;
-    keys[s] = i < x.n ? x.source.key(int32_t(i)) : -1;
-    entries[s] = i < x.n ? x.source.entry(int32_t(i)) : 0;
+    for (int s = 0; s < kSteps; ++s)
+      if (keys[s] >= 0) atomicAdd(&place[x.pass.digit(keys[s])], 1);
   }
-#pragma unroll
-  for (int s = 0; s < kSteps; ++s)
-    if (keys[s] >= 0) atomicAdd(&place[x.pass.digit(keys[s])], 1);
   if (kAlone) __syncthreads();  // counts of all warps
   for (int d = threadIdx.x; d < digits; d += Size::kThreads) {
     int before = 0, total = 0;
@@ -199,19 +221,23 @@ __device__ __forceinline__ void move_tile(const Sort<Source>& x, int32_t tile, M
     }
   }
   __syncthreads();  // place
+#pragma unroll 1
+  for (int round = 0; round < rounds; ++round) {
+    if (rounds > 1) load(round);
 #pragma unroll
-  for (int s = 0; s < kSteps; ++s) {
-    const int32_t k = keys[s];
-    const int digit = k >= 0 ? x.pass.digit(k) : kMostDigits;  // kMostDigits: no entry
-    const unsigned same = __match_any_sync(kFullWarp, digit), in_front = same & ((1u << lane) - 1);
-    const int to = k >= 0 ? place[digit] + __popc(in_front) : 0;
-    __syncwarp();  // all have read place
-    if (k >= 0) {
-      x.new_key[to] = k;
-      x.new_entry[to] = entries[s];
-      if (!in_front) place[digit] += __popc(same);
+    for (int s = 0; s < kSteps; ++s) {
+      const int32_t k = keys[s];
+      const int digit = k >= 0 ? x.pass.digit(k) : kMostDigits;  // kMostDigits: no entry
+      const unsigned same = __match_any_sync(kFullWarp, digit), in_front = same & ((1u << lane) - 1);
+      const int to = k >= 0 ? place[digit] + __popc(in_front) : 0;
+      __syncwarp();  // all have read place
+      if (k >= 0) {
+        x.new_key[to] = k;
+        x.new_entry[to] = entries[s];
+        if (!in_front) place[digit] += __popc(same);
+      }
+      __syncwarp();  // place is ready for the next step
     }
-    __syncwarp();  // place is ready for the next step
   }
 }
 
@@ -219,7 +245,7 @@ __device__ __forceinline__ void move_tile(const Sort<Source>& x, int32_t tile, M
 template <typename Size, typename A, typename B>
 __global__ void __launch_bounds__(Size::kThreads, 4) move_entries(Sort<A> first, Sort<B> second) {
   SIMT_SHARED(stage, MoveStage<Size>);
-  of_either(first, second, [&](const auto& x, int32_t tile) { move_tile<Size, Size::kSteps, false>(x, tile, stage); });
+  of_either(first, second, [&](const auto& x, int32_t tile) { move_tile<Size, false>(x, tile, stage); });
 }
 
 }  // namespace fwpkm::kernels

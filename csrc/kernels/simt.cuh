@@ -57,19 +57,30 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, cudaStr
   return launch_with_shared(0, kernel, grid, block, stream, std::forward<Arguments>(arguments)...);
 }
 
-// Lets a kernel have so much dynamic shared memory; false where the device has less.
+// Lets a kernel have so much dynamic shared memory; false where the device has less. The limit belongs to the kernel,
+// whoever launches it: it is only ever raised, to what the device has.
 template <typename Kernel>
 bool allow_shared(Kernel* kernel, size_t bytes) {
-  const bool allowed =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)) == cudaSuccess;
-  if (!allowed) cudaGetLastError();
-  return allowed;
+  cudaFuncAttributes now{};
+  int device = 0, most = 0;
+  const auto done = [](cudaError_t error) {
+    if (error != cudaSuccess) cudaGetLastError();
+    return error == cudaSuccess;
+  };
+  if (!done(cudaFuncGetAttributes(&now, kernel))) return false;
+  if (bytes <= size_t(now.maxDynamicSharedSizeBytes)) return true;
+  if (!done(cudaGetDevice(&device)) ||
+      !done(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)))
+    return false;
+  most -= int(now.sharedSizeBytes);
+  return int64_t(bytes) <= most &&
+         done(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
 }
 
 // 16 bytes from global to shared memory, zeros if `from` is null; they are there after wait_for_copies and a barrier.
 __device__ __forceinline__ void copy16_async(void* to, const void* from) {
   const unsigned shared = unsigned(__cvta_generic_to_shared(to));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(from), "r"(from ? 16 : 0));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(from), "r"(from ? 16 : 0) : "memory");
 }
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Of the groups that this thread has committed, all but the newest kOpen are done.
@@ -82,11 +93,11 @@ __device__ __forceinline__ void wait_for_copies() {
 // a: A[g][t], A[g+8][t], A[g][t+4], A[g+8][t+4]; b: B[t][g], B[t+4][g]; sum: [g][2t], [g][2t+1], [g+8][2t],
 // [g+8][2t+1].
 __device__ __forceinline__ void multiply_tf32(float (&sum)[4], const float (&a)[4], const float (&b)[2]) {
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-      : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])), "r"(__float_as_uint(a[3])),
-        "r"(__float_as_uint(b[0])), "r"(__float_as_uint(b[1])));
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+               "{%0, %1, %2, %3};"
+               : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+               : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])),
+                 "r"(__float_as_uint(a[3])), "r"(__float_as_uint(b[0])), "r"(__float_as_uint(b[1])));
 }
 
 }  // namespace simt

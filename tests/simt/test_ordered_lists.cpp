@@ -13,7 +13,7 @@ struct ManyTiles : Small {
   static constexpr int kFewTiles = 1;
 };
 struct InBlock : Small {
-  static constexpr int kBlockSteps = 8;
+  static constexpr int kBlockTiles = 4;
 };
 
 // Keys below num_keys, the lower ones more often; every 17th outside the range if `invalid`.

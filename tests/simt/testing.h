@@ -67,7 +67,7 @@ T tree(std::vector<T> terms) {
 
 // Many blocks and steps from little data; TSan wants few threads (about 1 ms each).
 struct Small : fwpkm::kernels::OrderedListsSize {
-  static constexpr int kThreads = 64, kMaxBlocks = 2, kSteps = 2, kBlockSteps = 0;
+  static constexpr int kThreads = 64, kMaxBlocks = 2, kSteps = 2, kBlockTiles = 0;
 };
 
 // Rows go through shared memory, however few they are.
