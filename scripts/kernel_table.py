@@ -35,6 +35,12 @@ SPILLS = dict.fromkeys(
 )  # fmt: skip
 
 
+COLUMNS = (
+    "kernel", "architecture", "registers", "shared", "spill stores", "spill loads", "stack", "threads", "warps",
+    "instructions",
+)  # fmt: skip
+
+
 class Multiprocessor(NamedTuple):
     """The CUDA programming guide's table of compute capabilities."""
 
@@ -237,9 +243,10 @@ def table(files, version):
         rows = []
         for k in kernels:
             short = shortened(names[k.name])
-            inlined = k.registers is None
-            code = ("-", "-", "-") if inlined else (k.threads, k.warps, k.instructions)
-            row = (short, k.arch, "-" if inlined else k.registers, *k[3:7], *code)
+            if k.registers is None:
+                row = (short, k.arch, "-", *k[3:7], "-", "-", "-")
+            else:
+                row = (short, *k[1:7], k.threads, k.warps, k.instructions)
             if k in seen:  # a template that several files use
                 continue
             seen.add(k)
@@ -249,11 +256,7 @@ def table(files, version):
             rows.append((name, *row[1:]))
         if rows:
             lines += ["", f"## {file}", ""]
-            lines += [
-                "| kernel | architecture | registers | shared | spill stores | spill loads | stack | threads | warps | "
-            ]
-            lines[-1] += "instructions |"
-            lines += ["|---|---|" + "--:|" * 8]
+            lines += ["| " + " | ".join(COLUMNS) + " |", "|---|---|" + "--:|" * (len(COLUMNS) - 2)]
             lines += ["| " + " | ".join(map(str, row)) + " |" for row in sorted(rows, key=str)]
     if SPILLS:
         lines += ["", "## Why some spill", "", *(f"* `{name}`: {reason}" for name, reason in sorted(SPILLS.items()))]
