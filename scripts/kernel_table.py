@@ -54,8 +54,8 @@ MULTIPROCESSORS = {
     "sm_80": LARGE,
     "sm_86": SMALL._replace(blocks=16),
     "sm_89": SMALL,
-    "sm_90a": LARGE._replace(shared=228 << 10),
-    "sm_100a": LARGE._replace(shared=228 << 10),
+    "sm_90": LARGE._replace(shared=228 << 10),
+    "sm_100": LARGE._replace(shared=228 << 10),
     "sm_120": SMALL,
 }
 
@@ -77,8 +77,10 @@ class Kernel(NamedTuple):
 
     @property
     def warps(self):
-        """Of its largest blocks, at the same time on a multiprocessor; dynamic shared memory left aside."""
-        room, warps = MULTIPROCESSORS[self.arch], self.threads // 32
+        """Of its largest blocks, at once on a multiprocessor; dynamic shared memory left aside. "-": unknown."""
+        room, warps = MULTIPROCESSORS.get(self.arch.rstrip("af")), self.threads // 32
+        if room is None:
+            return "-"
         by_registers = (1 << 16) // (-(-self.registers * 32 // 256) * 256) // 4 * 4
         shared = -(-(self.shared + 1024) // 128) * 128  # a block's own KB included
         return min(room.blocks, room.warps // warps, by_registers // warps, room.shared // shared) * warps

@@ -114,8 +114,10 @@ def main():
     parser.add_argument("--output", type=Path, default=RESULT)
     options = parser.parse_args()
     sys.path.extend((str(ROOT), str(ROOT / "tests")))
-    from test_simt_ops import built
+    from test_simt_ops import built, reason
 
+    if reason:
+        sys.exit(reason)
     library = built("simt_traffic")
     os.environ["FWPKM_LIBRARY"] = str(library)  # before fwpkm_cuda is imported
     lines = TEXT.splitlines()

@@ -82,6 +82,8 @@ def test_block_and_instructions_are_read_from_machine_code(kernel_table):
         ("sm_90a", 16, 0, 32, 32),  # blocks
         ("sm_86", 16, 0, 32, 16),
         ("sm_89", 40, 0, 512, 48),
+        ("sm_100f", 64, 0, 256, 32),
+        ("sm_75", 64, 0, 256, "-"),  # not in the table
     ],
 )
 def test_warps_that_fit(kernel_table, arch, registers, shared, threads, warps):

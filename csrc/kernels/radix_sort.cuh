@@ -155,7 +155,7 @@ struct MoveStage {
 // Moves the entries of a tile, of which a warp owns consecutive ones, kSteps * 32 a round. An entry's new place is the
 // number of entries of smaller digits, plus those of its digit in tiles, warps, rounds, steps and lanes before: the
 // sort is stable. kAlone: there is no other tile, nor are there counts, and there may be several rounds, whose keys are
-// loaded twice; unrolled they would be more code than a multiprocessor keeps.
+// loaded twice; unrolled they would be hundreds of KB of code.
 template <typename Size, bool kAlone, typename Source>
 __device__ __forceinline__ void move_tile(const Sort<Source>& x, int32_t tile, MoveStage<Size>& stage) {
   constexpr int kWarps = Size::kThreads / 32, kSteps = Size::kSteps;

@@ -108,7 +108,7 @@ extern "C" __attribute__((visibility("default"))) int simt_traffic(const char* p
   void __tsan_unaligned_write##n(void* p) { store(p, n); } \
   void __tsan_volatile_read##n(void* p) { load(p, n); }    \
   void __tsan_volatile_write##n(void* p) { store(p, n); }
-// An atomic operation is a load and a store.
+// An atomic operation is a load and a store; fetch_add and fetch_sub are the host's alone (cuda_on_cpu.h).
 #define SIMT_ATOMIC(bits, T)                                                                               \
   T __tsan_atomic##bits##_load(const T* p, int) {                                                          \
     load(p, sizeof(T));                                                                                    \
