@@ -375,13 +375,13 @@ def test_an_activation_wider_than_the_memory_is_refused(key, name):
     assert_refuses(lambda: ENTRIES[key].run(tensors), tensors, [name], ["Double", "float64"])
 
 
-@pytest.mark.parametrize("device", ["meta", "cuda"] if torch.cuda.is_available() else ["meta"])
+@pytest.mark.parametrize("where", ["meta", "cuda"] if torch.cuda.is_available() else ["meta"])
 @pytest.mark.parametrize("key, name", each())
-def test_a_tensor_on_another_device_is_refused(key, name, device):
+def test_a_tensor_on_another_device_is_refused(key, name, where):
     entry = ENTRIES[key]
     tensors = entry.fresh()
-    tensors[name] = tensors[name].to(device)
-    assert_refuses(lambda: entry.run(tensors), tensors, list(entry.tensors), [device, "cpu", "CPU"])
+    tensors[name] = tensors[name].to(where)
+    assert_refuses(lambda: entry.run(tensors), tensors, list(entry.tensors), [where, "cpu", "CPU"])
 
 
 @pytest.mark.parametrize("key, name", each())

@@ -12,12 +12,12 @@ from fwpkm_cuda.ops import REPORTS
 ERRORS = Path(__file__).parent.parent / "csrc" / "kernels" / "errors.cuh"
 
 
-@pytest.mark.parametrize("device", [None, "cpu", torch.device("cpu")], ids=str)
-def test_on_the_cpu_there_is_nothing_to_report(device):
-    assert fwpkm_cuda.check(device) is None
+@pytest.mark.parametrize("where", [None, "cpu", torch.device("cpu")], ids=str)
+def test_on_the_cpu_there_is_nothing_to_report(where):
+    assert fwpkm_cuda.check(where) is None
     with pytest.raises(RuntimeError, match="indices: expected slots"):
         fwpkm_cuda.value_gather(torch.ones(2, 1), torch.tensor([[2]]), torch.ones(1, 1))
-    assert fwpkm_cuda.check(device) is None
+    assert fwpkm_cuda.check(where) is None
 
 
 @pytest.mark.skipif(not ERRORS.is_file(), reason="the tests run away from the source tree")
