@@ -2,11 +2,12 @@
 
 import argparse
 
-from bench import accuracy, capability, compare, cpu, ops, table
+from bench import accuracy, capability, compare, cpu, ops, profile, table
 
 COMMANDS = {
     "cpu": cpu,
     "ops": ops,
+    "profile": profile,
     "compare": compare,
     "table": table,
     "accuracy": accuracy,

@@ -1,10 +1,17 @@
 #!/usr/bin/env python3
-"""Builds for this machine's GPU and checks everything that needs one: tests, compute-sanitizer, quick benchmarks.
+"""Checks and measures on a GPU what can be checked and measured nowhere else. docs/gpu-day.md is the plan.
 
-    scripts/gpu_check.py [--parts tests,sanitizer,bench] [--installed] [--limit 900] [--cases EXPR] [--report FILE]
+    scripts/gpu_check.py [PART ...] [--out FOLDER] [--budget 540] [--add-to REPORT] [--kit FOLDER | --build] [--jobs 6]
 
-Every part is a process with a time limit of its own, and the report is written after each of them: one that fails,
-crashes or hangs does not lose the others. Exit status: 0 all passed, 1 something did not, 2 no GPU to check with.
+Parts, in this order; without names all of them: see `parts` in this file, or --list. Each step of a part is a process of
+its own with a time limit; none outlasts the budget (in seconds, for all). What is known so far is in FOLDER at any
+moment: report.json (results, versions, clocks), output.log (what finished steps printed), running/ (what the others
+print), inputs.zip (tensors of failed tests), the benchmark's JSON files. A step that fails, crashes the GPU's
+context or hangs loses nothing of the others. --add-to: a report of an earlier call; what passed there is not repeated.
+
+FOLDER is by default $OUT, else build/gpu-check. Nothing is installed: the package is read from python/, its library from
+build/gpu-kit (`make gpu-kit`), else from where it is installed; --build builds it for this machine's GPU.
+Exit status: 0 all passed, 1 something did not, 2 no GPU to check with.
 """
 
 import argparse
@@ -16,16 +23,17 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = ("tests", "sanitizer", "bench")
-CASES = "the_reference or half_precision"  # pytest -k for the sanitizer: small, and all kernels run
-TAIL = 60  # lines of output kept
+KIT = ROOT / "build" / "gpu-kit"
+LIBRARY = "libfwpkm_cuda_ops.so"
+TAIL = 40  # lines of output kept in the report
+MOST_INPUTS = 12 << 20  # bytes of failed tests' tensors
 SMI = ("driver_version", "memory.total", "power.limit", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem")
 PROBE = """
 import json, platform, torch
@@ -40,11 +48,13 @@ print(json.dumps(facts))
 class Step(NamedTuple):
     name: str
     command: list | None  # None: it cannot run here, for the reason in `note`
+    limit: int = 540  # seconds
     note: str = ""
     environment: dict | None = None  # added to ours
-    junit: Path | None = None  # where pytest writes its counts
-    keep: bool = False  # the output, also if it passes
-    first: bool = False  # True: without it the others mean nothing
+    junit: bool = False  # pytest: its counts are read
+    keep: bool = False  # the end of the output goes into the report, also if the step passes
+    together: bool = False  # may run beside its neighbours of the same kind
+    first: bool = False  # without it the others mean nothing
 
 
 # ----------------------------------------------------------------------------------------------------- the machine
@@ -64,9 +74,15 @@ def machine():
     lines = answer([*ask, *uuid]).splitlines() or answer(ask).splitlines()  # MIG slices are not found by their UUID
     if lines:
         facts |= dict(zip(SMI, (x.strip() for x in lines[0].split(",")), strict=False))
-    facts["commit"] = answer(["git", "describe", "--always", "--dirty"])
+    facts["commit"] = commit()
     facts["date"] = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
     return facts
+
+
+def commit():
+    """What `make gpu-kit` wrote down, for a tree may travel without its history; else what git says."""
+    written = KIT / "commit"
+    return written.read_text().strip() if written.is_file() else answer(["git", "describe", "--always", "--dirty"])
 
 
 def why_no_gpu(facts):
@@ -86,46 +102,75 @@ def architecture(capability):
     return f"{number}a-real" if number in (90, 100, 103) else f"{number}-real"
 
 
-def find_sanitizer():
+def tool(name):
+    """A program of the CUDA toolkit, None where it is missing."""
     folders = [os.environ[x] for x in ("CUDA_HOME", "CUDA_PATH") if x in os.environ] + ["/usr/local/cuda"]
-    places = [os.environ.get("PATH", "")] + [
-        f"{folder}/{sub}" for folder in folders for sub in ("bin", "compute-sanitizer")
-    ]
-    return shutil.which("compute-sanitizer", path=os.pathsep.join(places))
+    places = [os.environ.get("PATH", "")] + [f"{x}/{sub}" for x in folders for sub in ("bin", "compute-sanitizer")]
+    return shutil.which(name, path=os.pathsep.join(places))
 
 
 # ------------------------------------------------------------------------------------------------------- the parts
-def steps(parts, facts, folder, *, installed, limit, cases, benchmarks):
-    python = [sys.executable, "-m"]
+PYTEST = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "-ra"]
+COMPILES = "compile or inductor"  # tests that wait for torch.compile
+# The sanitizers' tests: every kernel of a scan at a size at which all of them are used, and small shapes of all options.
+LARGE = "tests/test_large_shapes.py"
+SMALL = ["tests/test_gpu.py", "-k", "cpu_and_gpu_agree and float32 or beside_the_tensors or overflow"]
+
+
+def pytest(name, *words, limit=300, **more):
     # A test that hangs shows where, before it is killed.
-    pytest = [*python, "pytest", "tests", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
-    pytest += ["-o", f"faulthandler_timeout={max(1, limit - 10)}"]
-    if not installed:
-        options = {"FWPKM_CUDA_ARCHS": architecture(facts["capability"]), "FWPKM_WITH_CUDA": "ON"}
-        install = [*python, "pip", "install", "-q", "--no-build-isolation", "--no-deps", "-e", "."]
-        yield Step("build", install, f"for {options['FWPKM_CUDA_ARCHS']}", options, first=True)
-    if "tests" in parts:
-        junit = folder / "tests.xml"
-        yield Step("tests", [*pytest, "--junitxml", junit], junit=junit)
-    if "sanitizer" in parts:
-        program = find_sanitizer()
-        for tool in ("memcheck", "racecheck", "initcheck"):
-            if program is None:
-                yield Step(tool, None, "compute-sanitizer not found: it comes with the CUDA toolkit")
-                continue
-            junit = folder / f"{tool}.xml"
-            command = [program, "--tool", tool, "--error-exitcode", "86"]
-            # Our kernels alone; but what is initialised can only be known of all of them.
-            command += [] if tool == "initcheck" else ["--kernel-name", "kns=fwpkm"]
-            # PyTorch asks the runtime things that may fail; and its allocator would hide where a tensor ends.
-            command += ["--report-api-errors", "no", *pytest, "-k", cases, "--junitxml", junit]
-            yield Step(tool, command, f"-k {cases}", {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, junit)
-    if "bench" in parts:
-        yield Step("accuracy", [*python, "bench", "accuracy", "--device", "cuda"], keep=True)
-        command = [*python, "bench", "ops", "--device", "cuda", "--quick", "--json", benchmarks]
-        yield Step("benchmarks", command, keep=True)
+    return Step(name, [*PYTEST, "-o", f"faulthandler_timeout={limit - 10}", *words], limit, junit=True, **more)
 
 
+def sanitizer(tool_name, name, *words, limit):
+    program = tool("compute-sanitizer")
+    if program is None:
+        return Step(name, None, note="compute-sanitizer not found: it comes with the CUDA toolkit")
+    command = [program, "--tool", tool_name, "--error-exitcode", "86", "--report-api-errors", "no"]
+    # Our kernels alone; but what is initialised can only be known of all of them.
+    command += [] if tool_name == "initcheck" else ["--kernel-name", "kns=fwpkm"]
+    step = pytest(name, *words, limit=limit)
+    # PyTorch's allocator would hide where a tensor ends.
+    return step._replace(command=command + step.command, environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+
+
+def bench(name, *words, limit=400):
+    return Step(name, [sys.executable, "-m", "bench", *words], limit, keep=True)
+
+
+def parts(out):
+    """{part: its steps}"""
+    tests = sorted(path.name for path in (ROOT / "tests").glob("test_*.py"))
+    of_a_gpu = [x for x in tests if re.search(r'"device"|mark\.gpu', (ROOT / "tests" / x).read_text())]
+    files = [x for x in of_a_gpu if f"tests/{x}" != LARGE]
+    return {
+        "smoke": [
+            Step("report", [sys.executable, "-m", "fwpkm_cuda"], 60, keep=True, first=True),
+            pytest("operators", "tests/test_value_gather.py", "tests/test_product_key_topk.py",
+                   "tests/test_chunk_scan.py", "-k", "the_reference", limit=100),
+        ],
+        "shapes": [pytest("large shapes", LARGE, limit=100)],
+        "memcheck": [
+            sanitizer("memcheck", "large", LARGE, "-k", "h1k8-idw or h2k32", limit=120),
+            sanitizer("memcheck", "small", *SMALL, limit=120),
+        ],
+        "tests": [pytest(x, f"tests/{x}", "-k", f"not ({COMPILES})", limit=240, together=True) for x in files],
+        "compile": [
+            pytest(f"{x}, compiled", f"tests/{x}", "-k", COMPILES, limit=240, together=True)
+            for x in files
+            if "compile" in (ROOT / "tests" / x).read_text()
+        ],
+        "racecheck": [
+            sanitizer("racecheck", "large", LARGE, "-k", "h1k8-idw", limit=150),
+            sanitizer("racecheck", "small", *SMALL, limit=120),
+        ],
+        "initcheck": [sanitizer("initcheck", "large", LARGE, "-k", "h1k8-idw", limit=150)],
+        "accuracy": [bench("accuracy", "accuracy", "--device", "cuda", "--json", out / "accuracy.json")],
+        "bench": [bench("ops", "ops", "--device", "cuda", "--json", out / "bench.json")],
+    }  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------ their running
 def counts(junit):
     """{"passed", "failed", "skipped"} of pytest's report, {} if it wrote none."""
     try:
@@ -138,98 +183,192 @@ def counts(junit):
     return {"passed": tests - failed - skipped, "failed": failed, "skipped": skipped}
 
 
-def run(step, limit):
-    """The record of one step."""
-    record = {"part": step.name, "result": "missing", "seconds": 0.0, "note": step.note}
-    if step.command is None:
-        return record
-    record["command"] = " ".join(map(str, step.command))
-    begin = time.monotonic()
-    with tempfile.TemporaryFile("w+", errors="replace") as output:
-        # A session of its own, so that what it started ends with it.
-        process = subprocess.Popen(
-            step.command, cwd=ROOT, env=os.environ | (step.environment or {}), stdin=subprocess.DEVNULL, stdout=output,
-            stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
+class Running:
+    """A step that has been started."""
+
+    def __init__(self, part, step, out, limit, environment):
+        self.step, self.out, self.begin = step, out, time.monotonic()
+        self.end = self.begin + limit
+        self.record = {"part": part, "step": step.name, "command": " ".join(map(str, step.command))}
+        name = re.sub(r"\W+", "-", f"{part} {step.name}")
+        self.output, self.junit = out / "running" / f"{name}.log", out / "running" / f"{name}.xml"
+        self.inputs = out / "running" / f"{name}-inputs"
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        words = ["--junitxml", self.junit] if step.junit else []
+        environment = os.environ | environment | {"FWPKM_KEEP_INPUTS": str(self.inputs)} | (step.environment or {})
+        with open(self.output, "w") as file:
+            # A session of its own, so that what it started ends with it.
+            self.process = subprocess.Popen(
+                [*step.command, *words], cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=file,
+                stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+
+    def finished(self):
+        """Whether it has ended, or has just been ended because its time was up."""
+        if self.process.poll() is not None:
+            self.record["result"] = "passed" if self.process.returncode == 0 else "failed"
+        elif time.monotonic() >= self.end:
+            self.kill()
+            self.record["result"] = "timed out"
+        else:
+            return False
+        return True
+
+    def kill(self):
         try:
-            record["result"] = "passed" if process.wait(limit) == 0 else "failed"
-        except subprocess.TimeoutExpired:
-            record["result"] = "timed out"
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-        record |= {"seconds": round(time.monotonic() - begin, 1), "exit_status": process.returncode}
-        output.seek(0)
-        text = output.read()
-    if step.junit:
-        record["counts"] = counts(step.junit)
-        if record["result"] == "passed" and not record["counts"].get("passed"):  # all skipped
-            record["result"] = "failed"
-    if summary := re.findall(r"^=+ (\w* ?SUMMARY: .*)", text, re.MULTILINE):  # compute-sanitizer's
-        record["summary"] = summary[-1]
-    if step.keep or record["result"] != "passed":
-        record["tail"] = text.splitlines()[-TAIL:]
-    return record
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        self.process.wait()
+
+    def close(self):
+        """Its record; its output and its tensors are put to those of the others."""
+        self.kill()  # what it left running
+        record = self.record
+        record |= {"seconds": round(time.monotonic() - self.begin, 1), "exit_status": self.process.returncode}
+        text = self.output.read_text(errors="replace")
+        if self.step.junit:
+            record["counts"] = counts(self.junit)
+            if record["result"] == "passed" and not record["counts"].get("passed"):  # all skipped
+                record["result"] = "failed"
+        if summary := re.findall(r"^=+ (\w* ?SUMMARY: .*)", text, re.MULTILINE):  # compute-sanitizer's
+            record["summary"] = summary[-1]
+        if self.step.keep or record["result"] != "passed":
+            record["tail"] = text.splitlines()[-TAIL:]
+        with open(self.out / "output.log", "a") as log:
+            log.write(f"\n======== {record['part']}, {self.step.name}: {record['result']}\n{text}")
+        self.pack_inputs()
+        self.output.unlink()
+        self.junit.unlink(missing_ok=True)
+        return record
+
+    def pack_inputs(self):
+        path = self.out / "inputs.zip"
+        for file in sorted(self.inputs.glob("*")) if self.inputs.is_dir() else ():
+            if (path.stat().st_size if path.is_file() else 0) + file.stat().st_size < MOST_INPUTS:
+                with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
+                    archive.write(file, f"{self.record['part']}/{file.name}")
+        shutil.rmtree(self.inputs, ignore_errors=True)
 
 
-def check(todo, facts, limit, report):
-    """Runs the steps, writes the report after each. -> whether all passed"""
+def check(todo, facts, out, *, budget, jobs=6, environment=None, before=()):
+    """Runs {part: steps}, writes the report after each step. `before`: records of an earlier report. -> all passed"""
+    end = time.monotonic() + budget
+    done = {(x["part"], x["step"]): x for x in before if x["result"] == "passed"}
+    records, running, broken = [], [], ""
 
     def write(passed=None):  # None: not at the end yet
-        report.parent.mkdir(parents=True, exist_ok=True)
-        report.write_text(json.dumps({"machine": facts, "passed": passed, "parts": records}, indent=1) + "\n")
+        out.mkdir(parents=True, exist_ok=True)
+        report = {"machine": facts, "passed": passed, "steps": records}
+        (out / "report.json.new").write_text(json.dumps(report, indent=1) + "\n")
+        (out / "report.json.new").replace(out / "report.json")
 
-    records, broken = [], False
-    for step in todo:
-        if broken:
-            record = {"part": step.name, "result": "not run", "seconds": 0.0, "note": "the build failed"}
-        else:
-            print(f"{step.name} {step.note}".rstrip() + " ...", flush=True)
-            record = run(step, limit)
-        record["ok"] = record["result"] == "passed"
-        broken |= step.first and not record["ok"]
-        records.append(record)
-        write()
-        if not record["ok"]:
-            print("\n".join(record.get("tail", ())), flush=True)
-    passed = all(x["ok"] for x in records)
+    def settle(most):
+        """Waits until at most so many steps are running."""
+        nonlocal broken
+        while len(running) > most:
+            for x in [x for x in running if x.finished()]:
+                running.remove(x)
+                records.append(x.close())
+                show(records[-1])
+                if x.step.first and records[-1]["result"] != "passed":
+                    broken = f"{x.step.name} {records[-1]['result']}"
+                write()
+            time.sleep(0.05)
+
+    def show(record):
+        print(line(record), flush=True)
+        if record["result"] != "passed":
+            print("\n".join("    " + x for x in record.get("tail", ())[-12:]), flush=True)
+
+    write()
+    try:
+        for part, steps in todo.items():
+            for step in steps:
+                settle(jobs - 1 if step.together and all(x.step.together for x in running) else 0)
+                left = end - time.monotonic()
+                reason = broken or ("no time was left" if left < 5 else "")
+                if (part, step.name) in done:
+                    records.append(done[part, step.name])
+                elif step.command is None or reason:
+                    result = "not run" if reason else "missing"
+                    records.append({"part": part, "step": step.name, "result": result, "note": reason or step.note})
+                    show(records[-1])
+                else:
+                    running.append(Running(part, step, out, min(step.limit, left), environment or {}))
+            settle(0)
+    finally:
+        for x in running:
+            x.kill()
+    passed = all(x["result"] == "passed" for x in records)
     write(passed)
-    print(table(records))
     return passed
 
 
-def table(records):
-    lines = [f"{'part':12}{'result':12}{'seconds':>9}"]
-    for x in records:
-        number = ", ".join(f"{n} {what}" for what, n in x.get("counts", {}).items() if n)
-        notes = "; ".join(filter(None, (number, x.get("summary", ""), x["note"])))
-        lines.append(f"{x['part']:12}{x['result']:12}{x['seconds']:9.1f}  {notes}".rstrip())
-    return "\n".join(lines)
+def line(x):
+    number = ", ".join(f"{n} {what}" for what, n in x.get("counts", {}).items() if n)
+    notes = "; ".join(filter(None, (number, x.get("summary", ""), x.get("note", ""))))
+    return f"{x['part']:12}{x['step']:36}{x['result']:12}{x.get('seconds', 0):7.1f}  {notes}".rstrip()
+
+
+# ---------------------------------------------------------------------------------------------------------- the whole
+def environment(options, facts):
+    """What lets every step find the package and its library, and name the commit."""
+    paths = [str(ROOT / "python"), os.environ.get("PYTHONPATH")]
+    found = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
+    found["FWPKM_COMMIT"] = facts["commit"]
+    if options.build or (options.kit / LIBRARY).is_file():
+        found["FWPKM_LIBRARY"] = str(options.kit / LIBRARY)
+    return found
+
+
+def build(facts, kit):
+    """The library for this GPU, with what this machine has: no installation, no network."""
+    folder = ROOT / "build" / "gpu"
+    settings = ["-DFWPKM_WITH_CUDA=ON", f"-DFWPKM_CUDA_ARCHS={architecture(facts['capability'])}"]
+    settings += ["-DFWPKM_WITH_PYBIND=OFF", f"-DPython_EXECUTABLE={sys.executable}"]
+    commands = (
+        ["cmake", "-S", ROOT, "-B", folder, "-GNinja", *settings], ["cmake", "--build", folder],
+        ["cmake", "-E", "copy", folder / LIBRARY, kit / LIBRARY],
+    )  # fmt: skip
+    kit.mkdir(parents=True, exist_ok=True)
+    script = " && ".join(" ".join(f"'{x}'" for x in command) for command in commands)
+    return Step("library", ["bash", "-c", script], 400, first=True)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default=",".join(PARTS), help="of " + ",".join(PARTS))
-    parser.add_argument("--installed", action="store_true", help="the package is installed: do not build")
-    parser.add_argument("--limit", type=int, default=900, help="seconds for each part")
-    parser.add_argument("--cases", default=CASES, help="pytest -k for the sanitizer, which is slow")
-    parser.add_argument("--report", type=Path, default=ROOT / "bench" / "results" / "gpu-check.json")
+    parser.add_argument("parts", nargs="*", metavar="PART")
+    parser.add_argument("--list", action="store_true", help="the parts and their steps, and nothing else")
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or ROOT / "build" / "gpu-check"))
+    parser.add_argument("--budget", type=float, default=540, help="seconds for everything")
+    parser.add_argument("--add-to", type=Path, help="a report: what passed there is not repeated")
+    parser.add_argument("--kit", type=Path, default=KIT, help="the folder with the library")
+    parser.add_argument("--build", action="store_true", help="build the library for this GPU first")
+    parser.add_argument("--jobs", type=int, default=6, help="test files at the same time")
     options = parser.parse_args()
-    parts = options.parts.split(",")
-    if unknown := set(parts) - set(PARTS):
-        parser.error(f"--parts: expected some of {','.join(PARTS)}, got {','.join(sorted(unknown))}")
+    out = options.out.resolve()
+    todo = parts(out)
+    if unknown := set(options.parts) - set(todo):
+        parser.error(f"expected some of {', '.join(todo)}, got {', '.join(sorted(unknown))}")
+    todo = {name: steps for name, steps in todo.items() if not options.parts or name in options.parts}
+    if options.list:
+        for name, steps in todo.items():
+            print(f"{name}: " + ", ".join(f"{x.name} ({x.limit} s)" for x in steps))
+        return
     facts = machine()
     if reason := why_no_gpu(facts):
         print(f"gpu-check: {reason}; nothing was checked", file=sys.stderr)
         sys.exit(2)
     print(f"{facts['gpu']}, driver {facts.get('driver_version')}, torch {facts['torch']}, commit {facts['commit']}")
-    with tempfile.TemporaryDirectory() as folder:
-        todo = steps(
-            parts, facts, Path(folder), installed=options.installed, limit=options.limit, cases=options.cases,
-            benchmarks=options.report.with_name(options.report.stem + "-bench.json"),
-        )  # fmt: skip
-        sys.exit(not check(todo, facts, options.limit, options.report))
+    if options.build:
+        todo = {"build": [build(facts, options.kit)]} | todo
+    before = json.loads(options.add_to.read_text())["steps"] if options.add_to else ()
+    passed = check(
+        todo, facts, out, budget=options.budget, jobs=options.jobs, environment=environment(options, facts),
+        before=before,
+    )  # fmt: skip
+    sys.exit(not passed)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ runs on the CPU and on the GPU, with PyTorch's default device set. Random number
 the CPU and moved, and so are the same on both."""
 
 import os
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -52,3 +54,25 @@ def device(request):
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """FWPKM_KEEP_INPUTS=folder: of a test that failed, the tensors of its frames are kept there."""
+    report = yield
+    folder = os.environ.get("FWPKM_KEEP_INPUTS")
+    if folder and report.failed and call.excinfo:
+        frames = [(entry.name, entry.frame.f_locals) for entry in call.excinfo.traceback][-6:]
+        kept = {}
+        for function, names in frames:
+            for name, x in names.items():
+                parts = x if isinstance(x, list | tuple) else [x]
+                for i, part in enumerate(parts):
+                    if isinstance(part, torch.Tensor) and part.layout == torch.strided and part.numel() <= 1 << 18:
+                        try:
+                            kept[f"{function}.{name}.{i}"] = part.detach().cpu()
+                        except RuntimeError:  # the GPU's context is gone
+                            continue
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        torch.save(kept, Path(folder) / (re.sub(r"\W+", "-", item.nodeid)[-120:] + ".pt"))
+    return report
