@@ -28,14 +28,18 @@ struct AddToKeys {
   const double* alpha;  // sums of alpha by sub-key; null: without theta
 
   __device__ bool wanted(const List&) const { return true; }
-  __device__ void expect(const List&, int64_t, int64_t) const {}
+  using Row = int32_t;  // its number
+  __device__ Row row(const List& list) const { return list.key; }
   template <bool kAligned>
-  __device__ void put(const List& list, int64_t column, int64_t width, bool inside, Pack<T> sum) const {
+  __device__ Pack<T> before(Row row, int64_t column, int64_t width) const {
+    return load_pack<kAligned>(dsub_keys + row * width, column, width);
+  }
+  template <bool kAligned>
+  __device__ void put(Row row, int64_t column, int64_t width, bool inside, Pack<T> sum, const Pack<T>& before) const {
     if (!inside) return;
-    T* const row = dsub_keys + list.key * width;
-    add(sum, load_pack<kAligned>(row, column, width));
-    if (alpha) add_product(sum, T(-alpha[list.key]), load_pack<kAligned>(theta + list.key * width, column, width));
-    store_pack<kAligned>(row, column, width, sum);
+    add(sum, before);
+    if (alpha) add_product(sum, T(-alpha[row]), load_pack<kAligned>(theta + row * width, column, width));
+    store_pack<kAligned>(dsub_keys + row * width, column, width, sum);
   }
 };
 

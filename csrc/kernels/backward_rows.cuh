@@ -54,23 +54,30 @@ struct RowsBefore {
   const ListGradient<T>* gradients;
   T keep;
   T* rows;
+  int64_t width;
   bool adds;  // the second pass: dV is there, the sum is added
 
   __device__ bool wanted(const List& list) const { return gradients[list.begin].wanted; }
-  __device__ void expect(const List& list, int64_t column, int64_t width) const {
+  struct Row {
+    T* data;
+    bool holds;
+  };
+  __device__ Row row(const List& list) const {
     const ListGradient<T> g = gradients[list.begin];
-    if (column < width && (adds || g.holds)) simt::prefetch(rows + g.row * width + column);
+    return {rows + g.row * width, g.holds};
   }
   template <bool kAligned>
-  __device__ void put(const List& list, int64_t column, int64_t width, bool inside, Pack<T> sum) const {
+  __device__ Pack<T> before(Row row, int64_t column, int64_t width) const {
+    return adds || row.holds ? load_pack<kAligned>(row.data, column, width) : filled_pack(T(0));
+  }
+  template <bool kAligned>
+  __device__ void put(Row row, int64_t column, int64_t width, bool inside, Pack<T> sum, const Pack<T>& before) const {
     if (!inside) return;
-    const ListGradient<T> g = gradients[list.begin];
-    T* const row = rows + g.row * width;
     if (adds)
-      add(sum, load_pack<kAligned>(row, column, width));
-    else if (g.holds)
-      add_product(sum, keep, load_pack<kAligned>(row, column, width));
-    store_pack<kAligned>(row, column, width, sum);
+      add(sum, before);
+    else if (row.holds)
+      add_product(sum, keep, before);
+    store_pack<kAligned>(row.data, column, width, sum);
   }
 };
 
@@ -216,12 +223,13 @@ cudaError_t add_reads(const ScanView<T>& view, const OrderedLists& lists, const 
                       const T* delta, const T* weights, const T* y, const T* errors, const uint8_t* good, T* rows,
                       T* scratch, bool aligned, cudaStream_t stream) {
   const uint32_t reads = uint32_t(view.reads());
-  const cudaError_t error =
-      ordered_sums<Size>(lists, ReadTerms<T>{delta, weights, reads, view.width},
-                         RowsBefore<T>{gradients, view.keep, rows, false}, view.width, scratch, aligned, stream);
+  const cudaError_t error = ordered_sums<Size>(lists, ReadTerms<T>{delta, weights, reads, view.width},
+                                               RowsBefore<T>{gradients, view.keep, rows, view.width, false}, view.width,
+                                               scratch, aligned, stream);
   if (error != cudaSuccess || !y) return error;
   return ordered_sums<Size>(lists, ErrorTerms<T>{errors, y, good, reads, view.width},
-                            RowsBefore<T>{gradients, view.keep, rows, true}, view.width, scratch, aligned, stream);
+                            RowsBefore<T>{gradients, view.keep, rows, view.width, true}, view.width, scratch, aligned,
+                            stream);
 }
 
 // drows (reads, V), slots (reads): of all reads of the call. `aligned`: rows_are_packs of table.rows and drows.

@@ -101,7 +101,7 @@ __device__ __forceinline__ void weigh_reads(const BackwardTokens<T>& x, int64_t 
 
 // One block per token: its threads stand side by side over the columns, 16 bytes each; then its warps over the reads.
 template <typename Size, int kMostReads, bool kAligned, typename T>
-__global__ void __launch_bounds__(Size::kThreads) token_gradients(BackwardTokens<T> x) {
+__global__ void __launch_bounds__(Size::kThreads, 3) token_gradients(BackwardTokens<T> x) {
   constexpr int kInFlight = 4, kPack = Pack<T>::kSize;  // reads on their way at once
   SIMT_SHARED(reads, TokenRead<T>[kMostReads]);
   SIMT_SHARED(partial, T[2][32]);
@@ -114,7 +114,8 @@ __global__ void __launch_bounds__(Size::kThreads) token_gradients(BackwardTokens
     const Token token = view.token(x.chunk, t);
     const bool own = token.x >= x.chunk.own, pair = view.has_pair(x.chunk, token);
     if (warp == 0) weigh_reads(x, t, &reads[0]);
-    for (int64_t r = threadIdx.x; r < n; r += blockDim.x) {
+    for (int64_t r = blockDim.x - 1 - threadIdx.x; r < n;
+         r += blockDim.x) {  // the last threads: they have nothing to do
       const int64_t i = t * n + r;
       const Row<T> row = x.versions.row(x.slots[i], x.read_from[i], x.chunk.writes_before, !x.chunk.writes);
       const ListGradient<T> g = x.gradients[x.list_of[i]];
@@ -138,6 +139,7 @@ __global__ void __launch_bounds__(Size::kThreads) token_gradients(BackwardTokens
     if (pair) {
       T squared = 0, gate = 0;
       for (int64_t column = int64_t(threadIdx.x) * kPack; column < width; column += int64_t(blockDim.x) * kPack) {
+        const Pack<T> target = load_pack<kAligned>(view.target + view.target_row(token) * width, column, width);
         Pack<T> error = filled_pack(T(0)), derror = error;
         for (int64_t first = 0; first < n; first += kInFlight) {
           Pack<T> rows[kInFlight], gradients[kInFlight];
@@ -163,7 +165,7 @@ __global__ void __launch_bounds__(Size::kThreads) token_gradients(BackwardTokens
             add_product(derror, read.weight * read.scale, gradients[j]);
           }
         }
-        subtract(error, load_pack<kAligned>(view.target + view.target_row(token) * width, column, width));
+        subtract(error, target);
         squared = add_dot(squared, error, error);  // zero beyond the row
         gate = add_dot(gate, derror, error);
         if (one_pack) {
@@ -208,6 +210,7 @@ __global__ void __launch_bounds__(Size::kThreads) token_gradients(BackwardTokens
     for (int64_t r = warp; r < n; r += warps) {
       const TokenRead<T> read = reads[r];
       T through_out = 0, through_step = 0, b = 0;
+#pragma unroll 4
       for (int64_t column = lane * kPack; column < width; column += 32 * kPack) {
         const Pack<T> row = load_row<kAligned>(row_of(read), view.keep, column, width);
         through_out = add_dot(through_out, row, load_pack<kAligned>(delta, column, width));

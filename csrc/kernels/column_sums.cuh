@@ -208,6 +208,12 @@ __global__ void __launch_bounds__(ColumnTile<Size, T>::kThreads, 1)
       const int32_t begin = at.place - at.number * kPiece;
       return List{lists.key[begin], begin, lists.entry[begin]};
     };
+    const auto put = [&](const List& list, int64_t column, bool inside, const Pack<T>& sum) {
+      const typename Output::Row to = output.row(list);
+      Pack<T> before = filled_pack(T(0));
+      if (inside) before = output.template before<true>(to, column, width);
+      output.template put<true>(to, column, width, inside, sum, before);
+    };
     for (int32_t first = warp * Tile::kPieces; first < count; first += kStep) {
       const int32_t i = first + my_piece;
       const bool mine = i < count;
@@ -219,7 +225,7 @@ __global__ void __launch_bounds__(ColumnTile<Size, T>::kThreads, 1)
       const Pack<T> sum = sum_piece<Tile, HasMinus<Terms>>(sorted.terms, rows, pieces, first, count,
                                                            next.place - at.place, minus, batches[warp]);
       const bool only = mine && at.number == 0 && next.number == 0;
-      if (__ballot_sync(kFullWarp, only)) output.template put<true>(list, column, width, only && inside, sum);
+      if (__ballot_sync(kFullWarp, only)) put(list, column, only && inside, sum);
       if (mine && !only && inside)
         store_pack<true>(scratch + scratch_row(list.begin, at.number) * width, column, width, sum);
     }
@@ -247,7 +253,7 @@ __global__ void __launch_bounds__(ColumnTile<Size, T>::kThreads, 1)
 #pragma unroll 4
           for (int32_t j = 1; j < group; ++j) add(sum, load_pack<true>(sums + j * stride * width, column, width));
         }
-        output.template put<true>(list, column, width, finishes && inside, sum);
+        put(list, column, finishes && inside, sum);
         if (starts && !finishes && inside) store_pack<true>(sums, column, width, sum);
       }
     }

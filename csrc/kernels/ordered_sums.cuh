@@ -16,12 +16,18 @@
 //     const T* minus(int32_t key) const;   // only with `static constexpr bool kMinus = true`
 //   };
 //   struct Output {
+//     struct Row {...};                    // where a list's sum goes
 //     bool wanted(const List&) const;      // false: nobody needs this sum
-//     // A sum will be put soon: a hint to fetch what that needs of the row, 16 bytes a lane from its column on.
-//     void expect(const List&, int64_t column, int64_t width) const;
-//     // Called by all lanes of a warp for each part of a row, 16 bytes a lane; !inside: the lane is beyond the row.
+//     Row row(const List&) const;
+//     // What `put` needs of the row at this column, asked for while the sum is not there yet.
 //     template <bool kAligned>
-//     void put(const List&, int64_t column, int64_t width, bool inside, const Pack<T>& sum) const;
+//     Pack<T> before(const Row&, int64_t column, int64_t width) const;
+//     // Called by all lanes of a warp for each part of a row, 16 bytes a lane; !inside: the lane is beyond the row,
+//     and
+//     // `before` is not there.
+//     template <bool kAligned>
+//     void put(const Row&, int64_t column, int64_t width, bool inside, const Pack<T>& sum, const Pack<T>& before)
+//         const;
 //   };
 #pragma once
 #include "kernels/ordered_lists.cuh"
@@ -53,20 +59,26 @@ template <typename T>
 struct StoreRows {
   T* rows;
   int64_t row_width;
+  using Row = T*;
   __device__ bool wanted(const List&) const { return true; }
-  __device__ void expect(const List&, int64_t, int64_t) const {}
+  __device__ Row row(const List& list) const { return rows + list.key * row_width; }
   template <bool kAligned>
-  __device__ void put(const List& list, int64_t column, int64_t width, bool inside, const Pack<T>& sum) const {
-    if (inside) store_pack<kAligned>(rows + list.key * row_width, column, width, sum);
+  __device__ Pack<T> before(Row, int64_t, int64_t) const {
+    return filled_pack(T(0));
+  }
+  template <bool kAligned>
+  __device__ void put(Row row, int64_t column, int64_t width, bool inside, const Pack<T>& sum, const Pack<T>&) const {
+    if (inside) store_pack<kAligned>(row, column, width, sum);
   }
 };
 
 // ----------------------------------------------------------------------------------------------------------- kernels
-// One warp per place and part of the row; the warps of places where a piece begins have work.
-template <typename Size, bool kAligned, typename T, typename Terms, typename Output>
-__global__ void __launch_bounds__(Size::kThreads)
+// One warp per place and kParts parts of the row; the warps of places where a piece begins have work.
+template <typename Size, int kParts, bool kAligned, typename T, typename Terms, typename Output>
+__global__ void __launch_bounds__(Size::kThreads, kParts == 1 ? 4 : 3)
     sum_pieces(OrderedLists lists, Terms terms, Output output, int64_t width, T* __restrict__ scratch) {
-  constexpr int kInFlight = 4;  // rows on their way at once
+  constexpr int kInFlight = kParts == 1 ? 4 : 1;  // rows on their way at once
+  constexpr int kPart = 32 * Pack<T>::kSize, kColumns = kParts * kPart;
   const int lane = threadIdx.x;
   const int64_t step = int64_t(gridDim.x) * blockDim.z;
   for (int64_t p = int64_t(blockIdx.x) * blockDim.z + threadIdx.z; p < lists.n; p += step) {
@@ -81,20 +93,25 @@ __global__ void __launch_bounds__(Size::kThreads)
     if (!output.wanted(list)) continue;
     const bool mine = its_key == key, only = p == begin && !longer;
     const int count = __popc(__ballot_sync(kFullWarp, mine));
-    if (only) output.expect(list, int64_t(threadIdx.y * 32 + lane) * Pack<T>::kSize, width);
+    typename Output::Row to{};
+    if (only) to = output.row(list);
     const T* const row = mine ? terms.row(entry) : nullptr;
     const T factor = mine ? terms.factor(entry) : T(0);
 
-    constexpr int kColumns = 32 * Pack<T>::kSize;
-    for (int64_t part = int64_t(threadIdx.y) * kColumns; part < width; part += int64_t(blockDim.y) * kColumns) {
-      const int64_t column = part + lane * Pack<T>::kSize;
-      const bool inside = column < width;
-      [[maybe_unused]] Pack<T> minus;
-      if constexpr (HasMinus<Terms>)
-        if (inside) minus = load_pack<kAligned>(terms.minus(key), column, width);
-      Pack<T> sum = filled_pack(T(0));
+    for (int64_t first_column = int64_t(threadIdx.y) * kColumns + lane * Pack<T>::kSize;
+         first_column - lane * Pack<T>::kSize < width; first_column += int64_t(blockDim.y) * kColumns) {
+      Pack<T> sum[kParts], before[kParts];
+      [[maybe_unused]] Pack<T> minus[kParts];
+#pragma unroll
+      for (int i = 0; i < kParts; ++i) {
+        const int64_t column = first_column + i * kPart;
+        sum[i] = before[i] = minus[i] = filled_pack(T(0));
+        if (column >= width) continue;
+        if (only) before[i] = output.template before<kAligned>(to, column, width);
+        if constexpr (HasMinus<Terms>) minus[i] = load_pack<kAligned>(terms.minus(key), column, width);
+      }
       for (int first = 0; first < count; first += kInFlight) {
-        Pack<T> packs[kInFlight];
+        Pack<T> packs[kInFlight][kParts];
         const T* rows[kInFlight];
         T factors[kInFlight];
 #pragma unroll
@@ -102,20 +119,33 @@ __global__ void __launch_bounds__(Size::kThreads)
           const int from = first + j < kPiece ? first + j : 0;
           rows[j] = reinterpret_cast<const T*>(__shfl_sync(kFullWarp, reinterpret_cast<unsigned long long>(row), from));
           factors[j] = __shfl_sync(kFullWarp, factor, from);
-          if (first + j >= count || !inside) rows[j] = nullptr;
-          if (rows[j]) packs[j] = load_pack<kAligned>(rows[j], column, width);
+          if (first + j >= count) rows[j] = nullptr;
+#pragma unroll
+          for (int i = 0; i < kParts; ++i)
+            if (const int64_t column = first_column + i * kPart; rows[j] && column < width)
+              packs[j][i] = load_pack<kAligned>(rows[j], column, width);
         }
 #pragma unroll
         for (int j = 0; j < kInFlight; ++j) {
           if (!rows[j]) continue;
-          if constexpr (HasMinus<Terms>) subtract(packs[j], minus);
-          add_product(sum, factors[j], packs[j]);
+#pragma unroll
+          for (int i = 0; i < kParts; ++i) {
+            if constexpr (HasMinus<Terms>) subtract(packs[j][i], minus[i]);
+            add_product(sum[i], factors[j], packs[j][i]);
+          }
         }
       }
-      if (only)
-        output.template put<kAligned>(list, column, width, inside, sum);
-      else if (inside)
-        store_pack<kAligned>(scratch + scratch_row(begin, int32_t(p - begin) / kPiece) * width, column, width, sum);
+#pragma unroll
+      for (int i = 0; i < kParts; ++i) {
+        const int64_t column = first_column + i * kPart;
+        if (column - lane * Pack<T>::kSize >= width) continue;
+        const bool inside = column < width;
+        if (only)
+          output.template put<kAligned>(to, column, width, inside, sum[i], before[i]);
+        else if (inside)
+          store_pack<kAligned>(scratch + scratch_row(begin, int32_t(p - begin) / kPiece) * width, column, width,
+                               sum[i]);
+      }
     }
   }
 }
@@ -165,15 +195,18 @@ __global__ void __launch_bounds__(Size::kThreads)
       if (!output.wanted(list)) continue;
       const int64_t pieces = (end_of_list(lists, key, begin) - begin + kPiece - 1) / kPiece;
       const T* const sums = scratch + scratch_row(begin, 0) * width;
+      const typename Output::Row to = output.row(list);
       constexpr int kColumns = 32 * Pack<T>::kSize;
       for (int64_t part = int64_t(threadIdx.y) * kColumns; part < width; part += int64_t(blockDim.y) * kColumns) {
         const int64_t column = part + lane * Pack<T>::kSize;
         const bool inside = column < width;
-        Pack<T> sum = filled_pack(T(0));
-        if (inside)
+        Pack<T> sum = filled_pack(T(0)), before = sum;
+        if (inside) {
+          before = output.template before<kAligned>(to, column, width);
           sum = tree_sum<kLevels, T>(
               0, pieces, [&](int64_t piece) { return load_pack<kAligned>(sums + piece * width, column, width); });
-        output.template put<kAligned>(list, column, width, inside, sum);
+        }
+        output.template put<kAligned>(to, column, width, inside, sum, before);
       }
     }
   }
@@ -185,9 +218,13 @@ __global__ void __launch_bounds__(Size::kThreads)
 template <typename Size, bool kAligned, typename T, typename Terms, typename Output>
 cudaError_t launch_ordered_sums(const OrderedLists& lists, const Terms& terms, const Output& output, int64_t width,
                                 T* scratch, cudaStream_t stream) {
-  const dim3 block = row_block<T, Size>(width);
-  cudaError_t error = simt::launch(sum_pieces<Size, kAligned, T, Terms, Output>, blocks_for<Size>(lists.n, block.z),
-                                   block, stream, lists, terms, output, width, scratch);
+  constexpr int kParts = 4;  // a warp that has looked for a piece sums a whole row of so many parts
+  const dim3 block = row_block<T, Size>(width), whole_rows = row_block<T, Size>((width + kParts - 1) / kParts);
+  const bool wide = width > int64_t(kParts) / 2 * 32 * Pack<T>::kSize;
+  const dim3 pieces = wide ? whole_rows : block;
+  cudaError_t error = simt::launch(
+      wide ? sum_pieces<Size, kParts, kAligned, T, Terms, Output> : sum_pieces<Size, 1, kAligned, T, Terms, Output>,
+      blocks_for<Size>(lists.n, pieces.z), pieces, stream, lists, terms, output, width, scratch);
   if (lists.n > kPiece && error == cudaSuccess)
     error = simt::launch(add_pieces<Size, kAligned, T, Output>, blocks_for<Size>(lists.n, 32 * block.z), block, stream,
                          lists, output, width, scratch);

@@ -27,7 +27,7 @@ constexpr int64_t kMostFilterKeys = 1 << 16;  // sub-keys that 16 bits can numbe
 
 // What a block works on at a time: all similarities of kTokens tokens and kKeys sub-keys, in registers. A warp has all
 // tokens and every kWarps-th group of 8 sub-keys; a lane has kSets sets of sub-keys of each of its tokens.
-template <typename Size, int kTokens_, int kSets_>
+template <typename Size, int kTokens_, int kSets_, int kStages_>
 struct FilterTile {
   static constexpr int kThreads = Size::kThreads, kWarps = kThreads / 32, kTokens = kTokens_, kSets = kSets_;
   static constexpr int kBands = kTokens / 16, kGroups = 8, kKeys = kWarps * kGroups * 8;
@@ -35,9 +35,11 @@ struct FilterTile {
   static constexpr int kNormRows = (kTokens + 8 * kWarps - 1) / (8 * kWarps);  // tokens of whose norm a lane has parts
   static constexpr int kAllSets = kWarps * 4 * kSets, kMostTopk = kAllSets / (kSets == 1 ? 4 : 2);
   static constexpr int kMostKept = kSets == 1 ? 48 : 80;  // sub-keys of a token
-  static constexpr int kStages = 2;
-  static constexpr int kColumns = 16;                          // of the filter's slices
-  static constexpr int kRowColumns = 32, kRowStride = 32 + 4;  // of those of kept rows; no two lanes in one bank
+  // Slices of rows that are on their way at once: of all sub-keys, and of those that are kept. Strides: no two lanes in
+  // one bank.
+  static constexpr int kStages = kStages_, kRowStages = kStages_ == 2 ? 2 : 4;
+  static constexpr int kColumns = 16, kStride = 16 + 4;
+  static constexpr int kRowColumns = 32, kRowStride = 32 + 4;
   static_assert(kBands * kRedoTokens == kTokens && kGroups % kSets == 0);
 
   // Token and sub-key of x[band][group][i], as multiply_tf32 leaves them.
@@ -50,11 +52,11 @@ struct FilterTile {
 template <typename Tile>
 struct FilterStage {
   struct Slices {
-    float keys[Tile::kStages][Tile::kKeys][Tile::kColumns], query[Tile::kStages][Tile::kTokens][Tile::kColumns];
+    float keys[Tile::kStages][Tile::kKeys][Tile::kStride], query[Tile::kStages][Tile::kTokens][Tile::kStride];
   };
   union {  // first all tiles, then what is kept
     Slices slices;
-    float rows[Tile::kStages][Tile::kThreads][Tile::kRowStride];
+    float rows[Tile::kRowStages][Tile::kThreads][Tile::kRowStride];
   };
   union {
     float largest[Tile::kTokens][Tile::kAllSets];      // of each set
@@ -114,53 +116,61 @@ __device__ __forceinline__ void approximate(const FilterTask& task, int32_t firs
     const int row = thread / 4 + i * (Tile::kThreads / 4);
     queries[i] = row < task.tokens ? task.query_row(row) : nullptr;
   }
-  const auto fetch = [&](int slot, int64_t first_column) {
-    const int64_t column = first_column + 4 * t;
+  const float* const keys =
+      task.keys + (first_key + thread / 4) * task.width;  // this thread's first row, and next ones
+  const int64_t next_row = Tile::kThreads / 4 * task.width;
+  const int32_t left = task.num_sub_keys - first_key - thread / 4;
+  const auto fetch = [&](int32_t slice) {
+    const int64_t column = slice * Tile::kColumns + 4 * t;
+    const int slot = slice % Tile::kStages;
+    const float* from = keys + column;
 #pragma unroll
-    for (int i = 0; i < Tile::kKeys * 4 / Tile::kThreads; ++i) {
-      const int row = thread / 4 + i * (Tile::kThreads / 4);
-      const int32_t key = first_key + row;
-      const bool exists = key < task.num_sub_keys && column < task.width;
-      simt::copy16_async(&stage.slices.keys[slot][row][4 * t],
-                         exists ? task.keys + key * task.width + column : nullptr);
+    for (int i = 0; i < Tile::kKeys * 4 / Tile::kThreads; ++i, from += next_row) {
+      const int row = i * (Tile::kThreads / 4);
+      simt::copy16_async(&stage.slices.keys[slot][thread / 4 + row][4 * t],
+                         row < left && column < task.width ? from : nullptr);
     }
 #pragma unroll
     for (int i = 0; i < Tile::kQueryRows; ++i)
       if (const int row = thread / 4 + i * (Tile::kThreads / 4); row < Tile::kTokens)
         simt::copy16_async(&stage.slices.query[slot][row][4 * t],
                            queries[i] && column < task.width ? queries[i] + column : nullptr);
-    simt::commit_copies();
   };
-  // A lane brings columns 4t to 4t + 3 of its rows: any four that are the same on both sides would do.
-  const auto pack_of = [&](const float (&row)[Tile::kColumns]) { return load_pack<true>(row, 4 * t, 0); };
   float key_norms[Tile::kGroups] = {}, query_norms[Tile::kNormRows] = {};
-  fetch(0, 0);
-  for (int64_t column = 0; column < task.width; column += Tile::kColumns) {
-    const int slot = int(column / Tile::kColumns) % Tile::kStages;
-    simt::wait_for_copies<0>();
+  const int32_t slices = int32_t((task.width + Tile::kColumns - 1) / Tile::kColumns);
+  for (int32_t slice = 0; slice < Tile::kStages - 1; ++slice) {
+    if (slice < slices) fetch(slice);
+    simt::commit_copies();
+  }
+  for (int32_t slice = 0; slice < slices; ++slice) {
+    const int slot = slice % Tile::kStages;
+    simt::wait_for_copies<Tile::kStages - 2>();
     __syncthreads();  // this slice is complete, and nobody reads the one before
-    if (column + Tile::kColumns < task.width) fetch((slot + 1) % Tile::kStages, column + Tile::kColumns);
-    Pack<float> q[Tile::kBands][2];
+    if (slice + Tile::kStages - 1 < slices) fetch(slice + Tile::kStages - 1);
+    simt::commit_copies();
+    // Operands of two products each, of columns 0 to 7 and 8 to 15.
+    float q[Tile::kBands][2][4];
 #pragma unroll
     for (int band = 0; band < Tile::kBands; ++band)
 #pragma unroll
-      for (int h = 0; h < 2; ++h) q[band][h] = pack_of(stage.slices.query[slot][Tile::token(band, 2 * h)]);
+      for (int half = 0; half < 2; ++half)
+        simt::load_tiles(q[band][half], &stage.slices.query[slot][band * 16 + lane % 16][half * 8 + lane / 16 * 4]);
 #pragma unroll
     for (int i = 0; i < Tile::kNormRows; ++i)
       if (const int row = (i * Tile::kWarps + warp) * 8 + g; row < Tile::kTokens)
-        query_norms[i] = square_sum(query_norms[i], pack_of(stage.slices.query[slot][row]));
+        query_norms[i] = square_sum(query_norms[i], load_pack<true>(stage.slices.query[slot][row], 4 * t, 0));
 #pragma unroll
     for (int group = 0; group < Tile::kGroups; ++group) {
       if (first_key + Tile::first_key(group) >= task.num_sub_keys) continue;
-      const Pack<float> k = pack_of(stage.slices.keys[slot][Tile::first_key(group) + g]);
-      key_norms[group] = square_sum(key_norms[group], k);
+      float k[4];
+      simt::load_tiles(k, &stage.slices.keys[slot][Tile::first_key(group) + lane % 8][lane / 8 * 4]);
+#pragma unroll
+      for (int c = 0; c < 4; ++c) key_norms[group] = fma(k[c], k[c], key_norms[group]);
 #pragma unroll
       for (int band = 0; band < Tile::kBands; ++band)
 #pragma unroll
-        for (int c = 0; c < 4; c += 2)
-          simt::multiply_tf32(tile.x[band][group],
-                              {q[band][0].v[c], q[band][1].v[c], q[band][0].v[c + 1], q[band][1].v[c + 1]},
-                              {k.v[c], k.v[c + 1]});
+        for (int half = 0; half < 2; ++half)
+          simt::multiply_tf32(tile.x[band][group], q[band][half], {k[2 * half], k[2 * half + 1]});
     }
   }
 

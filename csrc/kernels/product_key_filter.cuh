@@ -49,30 +49,40 @@ __device__ __forceinline__ void find_similarities(const FilterTask& task, Filter
     const int token = mine ? token_of(i, stage) : 0, place = mine ? i - stage.before[token] : 0;
     stage.pair[thread] = mine ? stage.kept[token][place] : -1;
     __syncthreads();  // pair; and all rows of the round before have been read
-    const auto fetch = [&](int slot, int64_t first_column) {
-      const int64_t column = first_column + thread % kPacks * 4;
+    const int my_column = thread % kPacks * 4;
+    const float* from[kPacks];  // rows of which this thread brings 16 bytes of each slice; null: there is none
+#pragma unroll
+    for (int j = 0; j < kPacks; ++j) {
+      const int32_t key = stage.pair[thread / kPacks + j * (Tile::kThreads / kPacks)];
+      from[j] = key >= 0 ? task.keys + key * task.width + my_column : nullptr;
+    }
+    const auto fetch = [&](int32_t slice) {
+      const int64_t column = slice * Tile::kRowColumns;
 #pragma unroll
       for (int j = 0; j < kPacks; ++j) {
         const int row = thread / kPacks + j * (Tile::kThreads / kPacks);
-        const int32_t key = stage.pair[row];
-        const bool exists = key >= 0 && column < task.width;
-        simt::copy16_async(&stage.rows[slot][row][thread % kPacks * 4],
-                           exists ? task.keys + key * task.width + column : nullptr);
+        simt::copy16_async(&stage.rows[slice % Tile::kRowStages][row][my_column],
+                           from[j] && column + my_column < task.width ? from[j] + column : nullptr);
       }
-      simt::commit_copies();
     };
     const float* const query = task.query_row(token);
+    const int32_t slices = int32_t((task.width + Tile::kRowColumns - 1) / Tile::kRowColumns);
     float sum = 0;
-    fetch(0, 0);
-    for (int64_t column = 0; column < task.width; column += Tile::kRowColumns) {
-      const int slot = int(column / Tile::kRowColumns) % Tile::kStages;
+    for (int32_t slice = 0; slice < Tile::kRowStages - 1; ++slice) {
+      if (slice < slices) fetch(slice);
+      simt::commit_copies();
+    }
+    for (int32_t slice = 0; slice < slices; ++slice) {
+      const int64_t column = slice * Tile::kRowColumns;
+      const int slot = slice % Tile::kRowStages;
       Pack<float> q[kPacks];
 #pragma unroll
       for (int j = 0; j < kPacks; ++j)
         q[j] = mine && column + 4 * j < task.width ? load_pack<true>(query, column + 4 * j, 0) : filled_pack(0.0f);
-      simt::wait_for_copies<0>();
+      simt::wait_for_copies<Tile::kRowStages - 2>();
       __syncthreads();  // this slice is complete, and nobody reads the one before
-      if (column + Tile::kRowColumns < task.width) fetch((slot + 1) % Tile::kStages, column + Tile::kRowColumns);
+      if (slice + Tile::kRowStages - 1 < slices) fetch(slice + Tile::kRowStages - 1);
+      simt::commit_copies();
 #pragma unroll
       for (int j = 0; j < kPacks; ++j) {  // columns beyond the row are zeros
         const Pack<float> k = load_pack<true>(stage.rows[slot][thread], 4 * j, 0);
@@ -111,12 +121,12 @@ __device__ __forceinline__ void write_lists(const FilterTask& task, int topk, fl
 
 // -------------------------------------------------------------------------------------------------------------- kernel
 // One block per tile of tokens, head and half. redo (rows.tiles(kRedoTokens), lists): 1 for what is left to `search`.
-template <typename Size, int kTokens, int kSets, bool kIdw>
-__global__ void __launch_bounds__(Size::kThreads, kTokens == Size::kManyTokens ? 1 : 2)
+template <typename Size, int kTokens, int kSets, int kStages, bool kIdw>
+__global__ void __launch_bounds__(Size::kThreads, kStages == 2 ? 2 : 1)
     filter(const float* __restrict__ query, TokenRows rows, const float* __restrict__ sub_keys, int64_t lists,
            int32_t num_sub_keys, int64_t width, int topk, float eps, FilterBounds bounds,
            int32_t* __restrict__ list_indices, float* __restrict__ list_scores, uint8_t* __restrict__ redo) {
-  using Tile = FilterTile<Size, kTokens, kSets>;
+  using Tile = FilterTile<Size, kTokens, kSets, kStages>;
   SIMT_DYNAMIC_SHARED(stage, FilterStage<Tile>);
   const int thread = threadIdx.x;
   const int64_t blocks = rows.tiles(kTokens) * lists;
@@ -161,9 +171,9 @@ template <typename Size = FilterSize>
 bool launch_filter(const float* query, TokenRows rows, const float* sub_keys, int64_t lists, int64_t num_sub_keys,
                    int64_t width, int64_t topk, bool idw, float eps, int32_t* list_indices, float* list_scores,
                    uint8_t* redo, cudaStream_t stream, cudaError_t* error) {
-  const auto with = [&](auto tokens, auto sets, auto is_idw) {
-    using Tile = FilterTile<Size, tokens(), sets()>;
-    const auto kernel = filter<Size, tokens(), sets(), is_idw()>;
+  const auto with = [&](auto tokens, auto sets, auto stages, auto is_idw) {
+    using Tile = FilterTile<Size, tokens(), sets(), stages()>;
+    const auto kernel = filter<Size, tokens(), sets(), stages(), is_idw()>;
     if (topk > Tile::kMostTopk || !simt::allow_shared(kernel, sizeof(FilterStage<Tile>))) return false;
     const int64_t blocks = rows.tiles(tokens()) * lists;
     *error = simt::launch_with_shared(sizeof(FilterStage<Tile>), kernel, blocks_for<Size>(blocks, 1), Size::kThreads,
@@ -176,13 +186,18 @@ bool launch_filter(const float* query, TokenRows rows, const float* sub_keys, in
   using Many = std::integral_constant<int, Size::kManyTokens>;
   using Few = std::integral_constant<int, Size::kFewTokens>;
   const bool many = rows.tiles(Many::value) * lists >= Size::kManyBlocks;
+  const bool one_each = rows.tiles(Few::value) * lists <= Size::kManyBlocks;  // a multiprocessor for each block
+  // With more stages or tokens a block has a multiprocessor for itself, and some devices have no room for it.
   const auto with_tokens = [&](auto sets, auto is_idw) {
-    return (many && with(Many(), sets, is_idw)) || with(Few(), sets, is_idw);  // some devices have no room for many
+    return (many && with(Many(), sets, std::integral_constant<int, 3>(), is_idw)) ||
+           (one_each && with(Few(), sets, std::integral_constant<int, 4>(), is_idw)) ||
+           with(Few(), sets, std::integral_constant<int, 2>(), is_idw);
   };
   const auto with_sets = [&](auto is_idw) {
     using One = std::integral_constant<int, 1>;
     using Two = std::integral_constant<int, 2>;
-    return topk <= FilterTile<Size, Few::value, 1>::kMostTopk ? with_tokens(One(), is_idw) : with_tokens(Two(), is_idw);
+    return topk <= FilterTile<Size, Few::value, 1, 2>::kMostTopk ? with_tokens(One(), is_idw)
+                                                                 : with_tokens(Two(), is_idw);
   };
   return idw ? with_sets(std::true_type()) : with_sets(std::false_type());
 }

@@ -91,8 +91,11 @@ struct Sort {
   Source source;
   int32_t n, tiles;
   RadixPass pass;
-  int32_t *counts, *totals;  // (digits, tiles), (digits); totals null: few tiles
+  int32_t *counts, *totals;  // (digits, tiles), (digits); few tiles: (tiles, digits), null
   int32_t *new_key, *new_entry;
+  __device__ int32_t& count(int digit, int32_t tile) const {
+    return counts[totals ? int64_t(digit) * tiles + tile : int64_t(tile) * pass.digits + digit];
+  }
 };
 
 // Blocks of a launch: first those of one grouping, then those of the other.
@@ -118,7 +121,7 @@ __global__ void __launch_bounds__(Size::kThreads) count_digits(Sort<A> first, So
     for (int s = 0; s < Size::kSteps; ++s)
       if (keys[s] >= 0) atomicAdd(&count[x.pass.digit(keys[s])], 1);
     __syncthreads();
-    for (int d = threadIdx.x; d < x.pass.digits; d += Size::kThreads) x.counts[int64_t(d) * x.tiles + tile] = count[d];
+    for (int d = threadIdx.x; d < x.pass.digits; d += Size::kThreads) x.count(d, tile) = count[d];
   });
 }
 
@@ -186,12 +189,19 @@ __device__ __forceinline__ void move_tile(const Sort<Source>& x, int32_t tile, M
     if (kAlone) {
       for (int w = 0; w < kWarps; ++w) total += stage.place[w][d];
     } else {
-      const int32_t* const row = x.counts + int64_t(d) * x.tiles;
-      before = x.totals ? row[tile] : 0;
+      before = x.totals ? x.count(d, tile) : 0;
       total = x.totals ? x.totals[d] : 0;
-      for (int32_t t = 0; t < x.tiles && !x.totals; ++t) {
-        if (t < tile) before += row[t];
-        total += row[t];
+      const int32_t tiles = x.totals ? 0 : x.tiles;
+      constexpr int kInFlight = 16;  // counts on their way at once
+      for (int32_t from = 0; from < tiles; from += kInFlight) {
+        int32_t counts[kInFlight];
+#pragma unroll
+        for (int j = 0; j < kInFlight; ++j) counts[j] = from + j < tiles ? x.counts[(from + j) * x.pass.digits + d] : 0;
+#pragma unroll
+        for (int j = 0; j < kInFlight; ++j) {
+          if (from + j < tile) before += counts[j];
+          total += counts[j];
+        }
       }
     }
     stage.before[d] = before;

@@ -41,10 +41,10 @@ struct ReadArguments {
 };
 
 // ------------------------------------------------------------------------------------------------------------ kernel
-// One block per token: its threads stand side by side over the columns, 16 bytes each. 2 blocks: left alone, ptxas
-// spills to make room for more.
+// One block per token: its threads stand side by side over the columns, 16 bytes each. 3 blocks: a few spills cost less
+// than warps that are missing.
 template <typename Size, int kMostReads, bool kAligned, typename T>
-__global__ void __launch_bounds__(Size::kThreads, 2) read_tokens(ReadArguments<T> x) {
+__global__ void __launch_bounds__(Size::kThreads, 3) read_tokens(ReadArguments<T> x) {
   constexpr int kInFlight = 8, kPack = Pack<T>::kSize;  // rows on their way at once
   SIMT_SHARED(a, T[kMostReads]);
   SIMT_SHARED(rows, Row<T>[kMostReads]);
@@ -56,6 +56,11 @@ __global__ void __launch_bounds__(Size::kThreads, 2) read_tokens(ReadArguments<T
   for (int64_t t = blockIdx.x; t < view.tokens(x.chunk); t += gridDim.x) {
     const Token token = view.token(x.chunk, t);
     const T* const z = x.scores + t * n;
+    // The last threads ask for the reads' rows while the first warp makes the weights.
+    const int64_t from = blockDim.x - 1 - threadIdx.x;
+    const int32_t early_slot = from < n ? x.slots[t * n + from] : -1;
+    const bool early = x.newest && uint32_t(early_slot) < uint32_t(view.memories.count * view.num_slots);
+    const int32_t early_place = early ? x.newest[early_slot] - 1 : -1;
     if (warp == 0) {
       bool odd = false;
       each_read(n, [&](int64_t r) { odd |= !isfinite(z[r]); });
@@ -69,10 +74,11 @@ __global__ void __launch_bounds__(Size::kThreads, 2) read_tokens(ReadArguments<T
     }
     __syncthreads();
     const bool odd = left_out[0], own = token.x >= x.chunk.own, pair = view.has_pair(x.chunk, token) && !odd;
-    for (int64_t r = threadIdx.x; r < n; r += blockDim.x) {
+    for (int64_t r = from; r < n; r += blockDim.x) {
       const int64_t i = t * n + r, o = view.own_row(token) * n + r;
       if (odd) x.slots[i] = -1;
-      const int32_t slot = odd ? -1 : x.slots[i], place = odd || !x.newest ? -1 : x.newest[slot] - 1;
+      const int32_t slot = odd ? -1 : r == from ? early_slot : x.slots[i];
+      const int32_t place = odd || !x.newest ? -1 : r == from ? early_place : x.newest[slot] - 1;
       rows[r] = odd ? Row<T>{nullptr, 0} : x.versions.row(slot, place, x.chunk.writes_before, false);
       x.weights[i] = a[r];
       if (x.read_from) x.read_from[i] = place;
@@ -89,7 +95,8 @@ __global__ void __launch_bounds__(Size::kThreads, 2) read_tokens(ReadArguments<T
     T squared = 0;
     const T w = pair ? view.loss_weight(token) : T(0);
     for (int64_t column = int64_t(threadIdx.x) * kPack; column < width; column += int64_t(blockDim.x) * kPack) {
-      Pack<T> sum = filled_pack(odd ? T(NAN) : T(0));
+      Pack<T> sum = filled_pack(odd ? T(NAN) : T(0)), target;
+      if (pair) target = load_pack<kAligned>(view.target + view.target_row(token) * width, column, width);
       for (int64_t first = 0; first < n && !odd; first += kInFlight) {
         Pack<T> packs[kInFlight];
 #pragma unroll
@@ -104,7 +111,7 @@ __global__ void __launch_bounds__(Size::kThreads, 2) read_tokens(ReadArguments<T
       }
       if (own) store_pack<kAligned>(x.out + view.own_row(token) * width, column, width, sum);
       if (!pair) continue;
-      subtract(sum, load_pack<kAligned>(view.target + view.target_row(token) * width, column, width));
+      subtract(sum, target);
 #pragma unroll
       for (int j = 0; j < kPack; ++j) {
         squared = fma(sum.v[j], sum.v[j], squared);  // zero beyond the row

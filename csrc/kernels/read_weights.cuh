@@ -11,6 +11,7 @@ namespace fwpkm::kernels {
 // f(i) for the lane's own elements.
 template <typename F>
 __device__ __forceinline__ void each_read(int64_t n, const F& f) {
+#pragma unroll 1  // most tokens have no more reads than a warp has lanes
   for (int64_t i = threadIdx.x % 32; i < n; i += 32) f(i);
 }
 

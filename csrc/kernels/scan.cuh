@@ -123,6 +123,7 @@ struct Versions {
 
 template <typename T>
 __device__ __forceinline__ void apply_decays(Pack<T>& pack, int64_t decays, T keep) {
+#pragma unroll 1
   for (int64_t i = 0; i < decays; ++i)
 #pragma unroll
     for (int j = 0; j < Pack<T>::kSize; ++j) pack.v[j] *= keep;

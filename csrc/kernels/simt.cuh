@@ -89,6 +89,17 @@ __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kOpen) : "memory");
 }
 
+// Four tiles of 8 rows of 4 numbers from shared memory (ldmatrix). Lane 8i + r gives the address of row r of tile i, a
+// multiple of 16; lane 4g + t gets x[i], element t of row g of tile i.
+__device__ __forceinline__ void load_tiles(float (&x)[4], const float* row) {
+  unsigned bits[4];
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(bits[0]), "=r"(bits[1]), "=r"(bits[2]), "=r"(bits[3])
+               : "r"(unsigned(__cvta_generic_to_shared(row)))
+               : "memory");
+  for (int i = 0; i < 4; ++i) x[i] = __uint_as_float(bits[i]);
+}
+
 // sum += A B on tensor cores, A (16, 8), B (8, 8); operands keep 10 bits of their mantissa at least. Of lane 4g + t,
 // a: A[g][t], A[g+8][t], A[g][t+4], A[g+8][t+4]; b: B[t][g], B[t+4][g]; sum: [g][2t], [g][2t+1], [g+8][2t],
 // [g+8][2t+1].

@@ -34,9 +34,9 @@ struct ScanSize : LaunchSize {
 
 // radix_sort.cuh and ordered_lists.cuh
 struct OrderedListsSize : LaunchSize {
-  static constexpr int kSteps = 8;       // 32 entries a warp and step
+  static constexpr int kSteps = 4;       // 32 entries a warp and step
   static constexpr int kFewTiles = 64;   // a block sums the counts of so many tiles by itself
-  static constexpr int kBlockTiles = 4;  // so many entries a block sorts alone; 0: none does
+  static constexpr int kBlockTiles = 1;  // so many entries a block sorts alone; 0: none does
 };
 
 // product_key_filter.cuh

@@ -33,13 +33,18 @@ struct NewKeys {
   unsigned* error_word;
 
   __device__ bool wanted(const List&) const { return true; }
-  __device__ void expect(const List&, int64_t, int64_t) const {}
+  using Row = int32_t;  // its number
+  __device__ Row row(const List& list) const { return list.key; }
   template <bool kAligned>
-  __device__ void put(const List& list, int64_t column, int64_t width, bool inside, const Pack<T>& sum) const {
+  __device__ Pack<T> before(Row row, int64_t column, int64_t width) const {
+    return load_pack<kAligned>(sub_keys + row * width, column, width);
+  }
+  template <bool kAligned>
+  __device__ void put(Row row, int64_t column, int64_t width, bool inside, const Pack<T>& sum,
+                      const Pack<T>& old) const {
     constexpr int kPack = Pack<T>::kSize;
     bool passes[kPack] = {}, finite = true;
     if (inside) {
-      const Pack<T> old = load_pack<kAligned>(sub_keys + list.key * width, column, width);
       Pack<T> decayed = old, key;
 #pragma unroll
       for (int j = 0; j < kPack; ++j) {
@@ -53,9 +58,9 @@ struct NewKeys {
 #pragma unroll
         for (int j = 0; j < kPack; ++j) key.v[j] = isfinite(decayed.v[j]) ? decayed.v[j] : old.v[j];
       }
-      store_pack<kAligned>(to + list.key * width, column, width, key);
+      store_pack<kAligned>(to + row * width, column, width, key);
     }
-    if (open) store_open_bits<T>(open + list.key * ((width + 7) / 8), column, inside, passes);
+    if (open) store_open_bits<T>(open + row * ((width + 7) / 8), column, inside, passes);
   }
 };
 

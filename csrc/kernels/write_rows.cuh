@@ -45,37 +45,41 @@ struct NewRows {
   unsigned* error_word;
 
   __device__ bool wanted(const List&) const { return true; }
-  __device__ void expect(const List& list, int64_t column, int64_t width) const {
+  struct Row {
+    kernels::Row<T> old;
+    int64_t at;
+    T step;
+  };
+  __device__ Row row(const List& list) const {
     const int32_t place = newest ? newest[list.key] - 1 : -1;
-    if (column < width) simt::prefetch(versions.row(list.key, place, writes, true).data + column);
+    return {versions.row(list.key, place, writes, false), newest ? list.first : list.key, gamma[list.begin]};
   }
   template <bool kAligned>
-  __device__ void put(const List& list, int64_t column, int64_t width, bool inside, const Pack<T>& sum) const {
+  __device__ Pack<T> before(const Row& row, int64_t column, int64_t width) const {
+    return load_pack<kAligned>(row.old.data, column, width);
+  }
+  template <bool kAligned>
+  __device__ void put(const Row& row, int64_t column, int64_t width, bool inside, const Pack<T>& sum,
+                      const Pack<T>& before) const {
     constexpr int kPack = Pack<T>::kSize;
-    const int32_t place = newest ? newest[list.key] - 1 : -1;
-    const Row<T> old = versions.row(list.key, place, writes, false);
-    const int64_t at = newest ? list.first : list.key;
     bool passes[kPack] = {}, finite = true;
     if (inside) {
-      const T step = gamma[list.begin];  // asked for before the row, which is waited for
-      Pack<T> row = load_row<kAligned>(old, view.keep, column, width);
+      Pack<T> old = before, next;
+      apply_decays(old, row.old.decays, view.keep);
 #pragma unroll
       for (int j = 0; j < kPack; ++j) {
         bool fits;
-        row.v[j] = gradient_step(row.v[j], step * sum.v[j], view.lr, view.grad_clip, passes[j], fits);
+        next.v[j] = gradient_step(old.v[j], row.step * sum.v[j], view.lr, view.grad_clip, passes[j], fits);
         finite &= fits;
       }
       if (!finite) {
         report(error_word, kOverflow);
-        row = load_row<kAligned>(old, view.keep, column, width);
-        const Pack<T> before = load_pack<kAligned>(old.data, column, width);
 #pragma unroll
-        for (int j = 0; j < kPack; ++j)
-          if (!isfinite(row.v[j])) row.v[j] = before.v[j];
+        for (int j = 0; j < kPack; ++j) next.v[j] = isfinite(old.v[j]) ? old.v[j] : before.v[j];
       }
-      store_pack<kAligned>(to + at * width, column, width, row);
+      store_pack<kAligned>(to + row.at * width, column, width, next);
     }
-    if (open) store_open_bits<T>(open + at * ((width + 7) / 8), column, inside, passes);
+    if (open) store_open_bits<T>(open + row.at * ((width + 7) / 8), column, inside, passes);
   }
 };
 

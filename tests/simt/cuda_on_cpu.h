@@ -160,6 +160,15 @@ inline void multiply_tf32(float (&sum)[4], const float (&a)[4], const float (&b)
   for (int i = 0; i < 4; ++i) sum[i] += out.a[i];
 }
 
+inline void load_tiles(float (&x)[4], const float* row, SIMT_HERE) {
+  const int lane = int(threadIdx.x) % 32;
+  for (int i = 0; i < 4; ++i) {
+    const auto from =
+        detail::collective(detail::Op::kShfl, ~0u, reinterpret_cast<uintptr_t>(row), 8 * i + lane / 4, {file, line});
+    x[i] = reinterpret_cast<const float*>(from)[lane % 4];
+  }
+}
+
 template <typename T>
 void store16(void* to, const T& from) {
   *static_cast<T*>(to) = from;
