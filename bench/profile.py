@@ -1,6 +1,7 @@
 """python -m bench profile: every kernel of a scan on a GPU, its stream, begin and time; where nothing runs.
 
-    python -m bench profile [--cases training,inference] [--json FILE] [--calls 7]
+    python -m bench profile [--cases "training;inference"] [--json FILE] [--plots FOLDER] [--calls 7]
+    python -m bench profile --report FILE [--plots FOLDER]     what an earlier run has written
     ncu --profile-from-start off ... python -m bench profile --once --cases training
 
 The host gets a head start (a kernel that waits), so that times are the GPU's and not the host's. Two streams: `both` is
@@ -102,9 +103,10 @@ def launches(function, calls, filler):
             torch.cuda._sleep(WAIT_CYCLES)
             function()
         torch.cuda.synchronize()
-    with tempfile.NamedTemporaryFile("r", suffix=".json") as file:
-        profiler.export_chrome_trace(file.name)
-        events = json.load(file)["traceEvents"]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
     kinds = ("kernel", "gpu_memset", "gpu_memcpy")
     events = sorted((x for x in events if x.get("cat") in kinds), key=lambda x: x["ts"])
     found = []
@@ -164,14 +166,63 @@ def lines(name, x):
         yield f"  {per_chunk:9.1f} us a chunk = {k['launches'] / n:5.2f} x {k['us']:8.2f}  {kernel}"
 
 
+def picture(path, title, timeline, begin, end):
+    """Two lines of bars, one for each stream, of what runs between two points of time (us)."""
+    from matplotlib import pyplot as plt
+
+    streams = sorted({stream for _, stream, _, _ in timeline})
+    figure, axes = plt.subplots(figsize=(16, 1.2 + 1.3 * len(streams)), layout="constrained")
+    colours = {}
+    for name, stream, a, b in timeline:
+        if b < begin or a > end:
+            continue
+        length, a, b = b - a, max(a, begin), min(b, end)
+        kernel, row = name.split("<")[0], len(streams) - 1 - streams.index(stream)
+        colour = colours.setdefault(kernel, plt.get_cmap("tab20")(len(colours) % 20))
+        axes.barh(row, b - a, left=a - begin, height=0.85, color=colour, edgecolor="white", linewidth=0.5)
+        if b - a > 0.02 * (end - begin):
+            axes.text((a + b) / 2 - begin, row, f"{kernel}\n{length:.0f} us", ha="center", va="center", fontsize=7,
+                      rotation=0 if b - a > 0.07 * (end - begin) else 90)  # fmt: skip
+    axes.set(yticks=[], xlim=(0, end - begin), xlabel="us", title=title)
+    for side in ("top", "left", "right"):
+        axes.spines[side].set_visible(False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw(report, folder):
+    """A picture of each case: of its whole call, or of the longer half of what four chunks or more do."""
+    folder.mkdir(parents=True, exist_ok=True)
+    m = report["machine"]
+    for name, x in report["cases"].items():
+        timeline, file = x["timeline"], re.sub(r"\W+", "-", name)
+        end = max(b for *_, b in timeline)
+        part = end / x["chunks"] if x["chunks"] > 2 else end  # one chunk: forward and backward chunks take about as long
+        title = f"{name}: {m['gpu']}, commit {m['commit']}, {m['date']};"
+        starts = {"forward": end * 0.2, "backward": end * 0.7} if name.startswith("training") else {"": 0.4 * end}
+        for word, start in starts.items():
+            begin = start if x["chunks"] > 2 else 0
+            picture(folder / f"{file}{'-' * bool(word)}{word}.png", f"{title} {word}".rstrip("; "), timeline, begin, begin + part)
+            if x["chunks"] <= 2:
+                break
+
+
 def add_arguments(parser):
     parser.add_argument("--cases", help="some of " + ", ".join(CASES) + "; separated by semicolons")
     parser.add_argument("--calls", type=int, default=7)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--plots", type=Path, help="draw PNG files into this folder; needs matplotlib")
+    parser.add_argument("--report", type=Path, help="show this report, and measure nothing")
     parser.add_argument("--once", action="store_true", help="one call for another profiler")
 
 
 def main(options):
+    if options.report:
+        report = json.loads(options.report.read_text())
+        print("\n".join(line for name, x in report["cases"].items() for line in lines(name, x)))
+        if options.plots:
+            draw(report, options.plots)
+        return
     chosen = options.cases.split(";") if options.cases else list(CASES)
     if unknown := set(chosen) - set(CASES):
         raise SystemExit(f"--cases: no {', '.join(sorted(unknown))}")
@@ -195,4 +246,6 @@ def main(options):
         del function, s
         torch.cuda.empty_cache()
         if options.json:
-            options.json.write_text(json.dumps(report, indent=1) + "\n")
+            options.json.write_text(json.dumps(report) + "\n")
+    if options.plots:
+        draw(report, options.plots)

@@ -43,11 +43,12 @@ class CpuMeter:
     cache_bytes = 32 << 20  # inputs that go round should be larger
     counts_memory = False
 
-    def milliseconds(self, function, cold=True):
-        """Of one call. `cold` means something on a GPU only: inputs that go round are all there is on a CPU."""
+    def milliseconds(self, function, cold=True, head_start=None):
+        """(of one call, None). The rest means something on a GPU only: inputs that go round are all there is on a
+        CPU."""
         start = time.perf_counter()
         function()
-        return 1e3 * (time.perf_counter() - start)
+        return 1e3 * (time.perf_counter() - start), None
 
     def release(self):
         """Gives back what was freed."""
@@ -60,6 +61,7 @@ class CudaMeter:
     """CUDA events, and PyTorch's allocator, which serves the operators as well."""
 
     counts_memory = True
+    most_head_start = 50.0  # ms
 
     def __init__(self):
         import torch
@@ -70,21 +72,36 @@ class CudaMeter:
         size = max(256 << 20, 4 * self.cache_bytes)
         self._filler = torch.empty(size, dtype=torch.uint8, device="cuda")
         self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._cycles = 1.0  # of a waiting kernel, a millisecond
+        for cycles in (1_000_000, 10_000_000):  # the first loads it
+            self._cycles = cycles / self._timed(lambda cycles=cycles: torch.cuda._sleep(cycles))[0]
 
-    def milliseconds(self, function, cold=True):
-        """Of one call, from its first kernel's start to its last one's end, with the gaps between them if the host is
-        slower than the GPU. `cold`: with nothing of use in the L2 cache; overwriting it gives the host a head start of
-        some 70 us. Otherwise right after a call that is not counted."""
-        if cold:
-            self._filler.zero_()
-        else:
-            function()
+    def _timed(self, function):
         self._start.record()
+        begin = time.perf_counter()
         result = function()
+        host = 1e3 * (time.perf_counter() - begin)
         self._end.record()
         self._end.synchronize()
         del result
-        return self._start.elapsed_time(self._end)
+        return self._start.elapsed_time(self._end), host
+
+    def milliseconds(self, function, cold=True, head_start=None):
+        """(of one call, of the host for it). The first is from the first kernel's start to the last one's end.
+
+        `cold`: with nothing of use in the L2 cache, and with a head start of so many ms for the host (at most
+        most_head_start; None: as long as a call takes that is not counted): a kernel waits before the first one, so that
+        the host's gaps between launches do not count. Otherwise right after a call that is not counted, with no head
+        start: whoever is slower counts."""
+        if not cold:
+            function()
+            return self._timed(function)
+        if head_start is None:
+            self.cuda.synchronize()
+            head_start = self._timed(function)[1]
+        self._filler.zero_()
+        self.cuda._sleep(int(self._cycles * min(1.5 * head_start + 0.05, self.most_head_start)))
+        return self._timed(function)
 
     def bytes_in_use(self):
         self.cuda.synchronize()
@@ -136,19 +153,23 @@ def meter_of(device):
 
 def in_turn(meter, functions, seconds, least=3, most=100, cold=True, calls=1):
     """{name: `summary`} of functions called in turn, each until it took `seconds` in all: `least` to `most` times, but
-    fewer of one that takes several times `seconds` by itself. A time is that of one of `calls` in a row."""
+    fewer of one that takes several times `seconds` by itself. A time is that of one of `calls` in a row; "host": the
+    median of what the host took for it, where that is another time."""
 
     def in_a_row(function):
         return lambda: [function() for _ in range(calls)]
 
-    times, left = {name: [] for name in functions}, list(functions)
+    times, hosts, left = {name: [] for name in functions}, {name: [] for name in functions}, list(functions)
     while left:
         for name in tuple(left):
-            times[name].append(meter.milliseconds(in_a_row(functions[name]), cold) / calls)
+            ms, host = meter.milliseconds(in_a_row(functions[name]), cold, max(hosts[name], default=None))
+            times[name].append(ms / calls)
+            hosts[name] += [] if host is None else [host]
             count, spent = len(times[name]), 1e-3 * sum(times[name]) * calls
             if count >= most or (count >= least and spent >= seconds) or spent >= 5 * least * seconds:
                 left.remove(name)
-    return {name: summary(t) for name, t in times.items()}
+    host_of = lambda name: {"host": summary(hosts[name])["median"] / calls} if hosts[name] else {}
+    return {name: summary(t) | host_of(name) for name, t in times.items()}
 
 
 def memory_of(meter, function):

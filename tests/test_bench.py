@@ -221,6 +221,31 @@ def test_a_wrong_or_missing_contestant_is_named_and_not_timed(ops, threads):
     assert "FAILED: not what" in text and "not installed" in text and "* part: half of it" in text
 
 
+def test_the_size_that_is_timed_is_checked_where_nothing_is_aligned(ops, threads):
+    """The kernels of large work, which no size that the reference can compute reaches."""
+    from bench import timing
+    from bench.cases.case import SIZES, Case, Setup
+
+    def case(error, offset):
+        def ours(x):
+            assert all(t.data_ptr() % 16 == 4 * offset for t in x)
+            return x[0] + error
+
+        small = Case(lambda: torch.ones(3), {"ours": lambda: lambda x: x}, expected=lambda x: x)
+        made = {"ours": lambda: ours, "ours, fewer": lambda: lambda x: x[0] * 2, "peer": lambda: lambda x: x[0] + error}
+        return Case(lambda: (torch.ones(8), torch.zeros(5)), made, expected=lambda x: x[0], checked=small)
+
+    setup = Setup("cpu", SIZES["cpu", True].short, timing.CpuMeter())
+    good = ops.measure(setup, case(0.0, 0), case(0.0, 1))["contestants"]
+    assert "ms" in good["ours"] and "failed" not in good["ours"]
+    bad = ops.measure(setup, case(0.0, 0), case(1.0, 1))["contestants"]
+    assert "other bits" in bad["ours"]["failed"] and "ms" not in bad["ours"]
+    assert setup.memory(4, 8, 6)[0].data_ptr() % 16 == 0
+    off = Setup("cpu", SIZES["cpu", True].short, timing.CpuMeter(), offset=1)
+    for a, b in zip(setup.memory(4, 8, 6), off.copies(off.memory(4, 8, 6)), strict=True):
+        assert torch.equal(a, b) and b.data_ptr() % 16 == 4
+
+
 class FakeMeter:
     """Counts bytes that its function takes and gives back."""
 

@@ -81,6 +81,7 @@ class Setup:
     release_dir: str | None = None
     ceilings: dict = field(default_factory=dict)  # bytes and FLOPs per second, seconds; filled by the first family
     seed: int = 0
+    offset: int = 0  # elements from a 16-byte boundary to the memory, and to what is made of it
 
     def __post_init__(self):
         self.generator = torch.Generator(self.device).manual_seed(self.seed)
@@ -99,8 +100,12 @@ class Setup:
             draw = torch.Generator(self.device).manual_seed(self.seed)
             values = torch.randn(P * P, V, generator=draw, device=self.device).mul_(V**-0.5)
             sub_keys = (torch.rand(H, 2, P, K // 2, generator=draw, device=self.device) * 2 - 1) / K**0.5
-            self._memory[P, K, V, H] = values, sub_keys
+            self._memory[P, K, V, H] = (values, sub_keys) if not self.offset else self.copies((values, sub_keys))
         return self._memory[P, K, V, H]
+
+    def copies(self, tensors):
+        """Of the same structure as `tensors`; a contestant that writes works on copies."""
+        return placed(tensors, self.offset)
 
     def slots(self, distribution, num_slots, tokens, reads):
         """Random slots (tokens, reads), int32. Zipf: the n-th most frequent slot is read in proportion to n^-a."""
@@ -153,6 +158,17 @@ def tensors_of(x):
     if isinstance(x, torch.Tensor):
         return [x]
     return [t for part in x for t in tensors_of(part)] if isinstance(x, tuple | list) else []
+
+
+def placed(x, offset):
+    """Copies of the tensors in (nested, named) tuples, each so many elements off a 16-byte boundary."""
+    if isinstance(x, torch.Tensor):
+        room = torch.empty(x.numel() + 16, dtype=x.dtype, device=x.device)
+        return room[offset : offset + x.numel()].view(x.shape).copy_(x)
+    if isinstance(x, tuple | list):
+        parts = [placed(part, offset) for part in x]
+        return type(x)(*parts) if hasattr(x, "_fields") else type(x)(parts)
+    return x
 
 
 def difference(found, expected):

@@ -125,7 +125,7 @@ def one_commit(s: Setup, reads, distribution):
         return new_slots, s.randn(reads, width)
 
     def ours():
-        values, keys = memory.clone(), sub_keys.clone()
+        values, keys = s.copies((memory, sub_keys))
 
         def call(x):
             torch.ops.fwpkm.commit_(values, keys, x[1], x[0], sub_keys)

@@ -144,9 +144,31 @@ def work(s: Setup, z: Shape, forward=True, backward=False, write=True, log=False
 # ---------------------------------------------------------------------------------------------------------- inference
 def in_place(s: Setup, z: Shape, **options):
     """chunk_scan_ on a memory of its own: tokens -> out"""
-    values, sub_keys = (t.clone() for t in memory_of(s, z))
+    values, sub_keys = s.copies(memory_of(s, z))
     options = z.options(**options)
     return lambda x: fwpkm_cuda.chunk_scan_(values, sub_keys, *x, **options).out
+
+
+def replayed(s: Setup, z: Shape, memory, call):
+    """call(tokens) as a CUDA graph; `memory`, which it writes, is then as before. The tokens are copied to where the
+    graph reads them, which is not part of the time."""
+    tokens, first = s.copies(draw(s, z)), [t.clone() for t in memory]
+    graph, result = in_graph(lambda: call(tokens))
+    for mine, before in zip(memory, first):
+        mine.copy_(before)
+
+    def replay(x):
+        graph.replay()
+        return result
+
+    replay.load = lambda x: [mine.copy_(new) for mine, new in zip(tokens, x)]
+    replay.is_graph = True
+    return replay
+
+
+def in_place_in_a_graph(s: Setup, z: Shape, **options):
+    memory, options = s.copies(memory_of(s, z)), z.options(**options)
+    return replayed(s, z, memory, lambda x: fwpkm_cuda.chunk_scan_(*memory, *x, **options).out)
 
 
 def one_head(z: Shape):
@@ -156,7 +178,7 @@ def one_head(z: Shape):
 
 def dense_in_place(s: Setup, z: Shape):
     one_head(z)
-    values, sub_keys = (t.clone() for t in memory_of(s, z))
+    values, sub_keys = s.copies(memory_of(s, z))
     options = dict(topk=z.R, chunk_size=z.C, score=z.score, addressing_weight=z.addressing)
 
     def call(x):
@@ -200,7 +222,7 @@ def scan_reference(s: Setup, z: Shape, **options):
 
 
 def inference(s: Setup, z: Shape, peer=True, small=False):
-    contestants = {"ours": lambda: in_place(s, z)}
+    contestants = {"ours": lambda: in_place(s, z), "ours, graph": lambda: in_place_in_a_graph(s, z)}
     if peer:
         contestants["dense baseline"] = lambda: dense_in_place(s, z)
         contestants["release"] = lambda: release_in_place(s, z)
@@ -242,26 +264,11 @@ def decode(s: Setup):
 
 
 def decoding(s: Setup, z: Shape, options, small=False):
-    def in_a_graph():
-        first = memory_of(s, z)
-        memory = [t.clone() for t in first]
-        tokens = Tokens(*(t.clone() for t in draw(s, z)))
-        graph, out = in_graph(lambda: fwpkm_cuda.chunk_scan_(*memory, *tokens, **z.options(**options)).out)
-        for mine, before in zip(memory, first):
-            mine.copy_(before)
-
-        def replay(x):
-            graph.replay()
-            return out
-
-        replay.load = lambda x: [mine.copy_(new) for mine, new in zip(tokens, x)]  # not part of the time
-        return replay
-
     return Case(
         inputs=lambda: draw(s, z),
         contestants={
             "ours": lambda: in_place(s, z, **options),
-            "ours, graph": in_a_graph,
+            "ours, graph": lambda: in_place_in_a_graph(s, z, **options),
             "eager": lambda: eager_read(s, z),
         },
         expected=scan_reference(s, z, **options),
@@ -312,14 +319,20 @@ class Training:
         return (out.detach(), *gradients)[: self.answers]
 
 
-def trained(s: Setup, z: Shape, commit=True):
-    values, sub_keys = (t.clone() for t in memory_of(s, z))
+def trained(s: Setup, z: Shape, commit=True, memory=None):
+    values, sub_keys = memory or s.copies(memory_of(s, z))
 
     def scan(*tokens):
         result = fwpkm_cuda.chunk_scan(values, sub_keys, *tokens, **z.options())
-        return result.out, (lambda: fwpkm_cuda.commit_(values, sub_keys, result)) if commit else None
+        detached = fwpkm_cuda.Scan(*(t.detach() for t in result))
+        return result.out, (lambda: fwpkm_cuda.commit_(values, sub_keys, detached)) if commit else None
 
     return Training(scan)
+
+
+def trained_in_a_graph(s: Setup, z: Shape):
+    memory = s.copies(memory_of(s, z))
+    return replayed(s, z, memory, trained(s, z, memory=memory))
 
 
 def forward_only(s: Setup, z: Shape, **options):
@@ -336,7 +349,7 @@ def forward_only(s: Setup, z: Shape, **options):
 
 def dense_trained(s: Setup, z: Shape):
     one_head(z)
-    values, sub_keys = (t.clone() for t in memory_of(s, z))
+    values, sub_keys = s.copies(memory_of(s, z))
     options = dict(topk=z.R, chunk_size=z.C, score=z.score, addressing_weight=z.addressing)
 
     def scan(query, target, loss_weights):
@@ -378,6 +391,7 @@ def training_reference(s: Setup, z: Shape):
 def training(s: Setup, z: Shape, peer=True, small=False):
     contestants = {
         "ours": lambda: trained(s, z),
+        "ours, graph": lambda: trained_in_a_graph(s, z),
         "ours without commit": lambda: trained(s, z, commit=False),
         "ours, forward": lambda: forward_only(s, z),
     }
@@ -527,7 +541,7 @@ def addressing(s: Setup):
 
 def sub_key_step(s: Setup, z: Shape, small=False):
     def step(addressing):
-        values, sub_keys = (t.clone() for t in memory_of(s, z))
+        values, sub_keys = s.copies(memory_of(s, z))
         options = z.options(addressing_weight=addressing)
 
         def call(x):
