@@ -1,9 +1,9 @@
 # make demo | build | test | test-full | sanitize | lint | format | wheel | test-matrix | kernel-table | kernel-traffic |
-#      gpu-check | clean
+#      gpu-kit | gpu-check | clean
 # Everything runs in the virtual environment .venv, which is made on first use and renewed when its inputs change.
 #   PYTHON=python3.12       the Python it is made from (3.10 or newer)
 #   TORCH=torch==2.11.0     the PyTorch it gets, in the words of pip install
-#   ARGUMENTS=--check       options of the scripts behind kernel-table and gpu-check
+#   ARGUMENTS=--check       options of the scripts behind kernel-table, gpu-kit and gpu-check
 # and the variables of setup.py: FWPKM_WITH_CUDA=OFF, FWPKM_CUDA_ARCHS=90a-real, MAX_JOBS=2, ...
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -24,7 +24,7 @@ SETTINGS = $(PYTHON) $(TORCH) $(BUILD_TOOLS) $(EXTRAS)
 BUILD_VARIABLES = CXX CXXFLAGS CMAKE_ARGS $(filter-out FWPKM_TEST_FULL FWPKM_CPU_CAPABILITY FWPKM_LIBRARY,$(filter FWPKM_%,$(.VARIABLES)))
 BUILD_SETTINGS = $(foreach name,$(sort $(BUILD_VARIABLES)),$(name)=$($(name)))
 
-.PHONY: demo build test test-full sanitize lint format wheel test-matrix kernel-table kernel-traffic gpu-check clean FORCE
+.PHONY: demo build test test-full sanitize lint format wheel test-matrix kernel-table kernel-traffic gpu-kit gpu-check clean FORCE
 .DELETE_ON_ERROR:
 
 demo: $(BUILD)
@@ -65,10 +65,13 @@ kernel-table: $(ENVIRONMENT)
 kernel-traffic: $(BUILD)
 	$(BIN)/python scripts/kernel_traffic.py
 
-# It builds for this machine's GPU alone: the next target that wants a build must not take that one for its own.
-gpu-check: $(ENVIRONMENT)
-	rm -f $(BUILD)
-	$(BIN)/python scripts/gpu_check.py $(ARGUMENTS)
+# What a machine with a GPU and without a network needs: build/gpu-kit.
+gpu-kit: $(ENVIRONMENT)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python scripts/gpu_kit.py $(ARGUMENTS)
+
+# On that machine, with the Python that is there: no environment is made.
+gpu-check:
+	$(PYTHON) scripts/gpu_check.py $(ARGUMENTS)
 
 clean:
 	rm -rf build dist .make python/*.egg-info python/fwpkm_cuda/*.so

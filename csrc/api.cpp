@@ -27,7 +27,6 @@ FWPKM_API const FwpkmBuildInfo* fwpkm_build_info() {
       .build_type = FWPKM_BUILD_TYPE,
       .cuda_compiler_version = null_if_empty(FWPKM_CUDA_COMPILER_VERSION),
       .cuda_archs = FWPKM_CUDA_ARCHS,
-      .cutlass_version = null_if_empty(FWPKM_CUTLASS_VERSION),
   };
   return &info;
 }

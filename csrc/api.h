@@ -20,7 +20,6 @@ struct FwpkmBuildInfo {
   const char* build_type;
   const char* cuda_compiler_version;
   const char* cuda_archs;  // separated by commas; empty without CUDA
-  const char* cutlass_version;
 };
 
 struct FwpkmCudaDevice {

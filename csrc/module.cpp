@@ -34,7 +34,6 @@ py::dict build_info() {
   d["build_type"] = info.build_type;
   d["cuda_compiler"] = text_or_none(info.cuda_compiler_version);
   d["cuda_archs"] = split(info.cuda_archs);
-  d["cutlass"] = text_or_none(info.cutlass_version);
   return d;
 }
 

@@ -1,16 +1,20 @@
 #!/usr/bin/env python3
 """Checks and measures on a GPU what can be checked and measured nowhere else. docs/gpu-day.md is the plan.
 
-    scripts/gpu_check.py [PART ...] [--out FOLDER] [--budget 540] [--add-to REPORT] [--kit FOLDER | --build] [--jobs 6]
+    scripts/gpu_check.py [PART ...] [--out FOLDER] [--budget 540] [--add-to REPORT] [--kit FOLDER] [--build] [--jobs 6]
+    scripts/gpu_check.py --list
 
-Parts, in this order; without names all of them: see `parts` in this file, or --list. Each step of a part is a process of
-its own with a time limit; none outlasts the budget (in seconds, for all). What is known so far is in FOLDER at any
-moment: report.json (results, versions, clocks), output.log (what finished steps printed), running/ (what the others
-print), inputs.zip (tensors of failed tests), the benchmark's JSON files. A step that fails, crashes the GPU's
-context or hangs loses nothing of the others. --add-to: a report of an earlier call; what passed there is not repeated.
+Without names all parts, in the order of --list: first what says whether the numbers are right, then what they cost.
+Each step of a part is a process of its own with a time limit, and none outlasts the budget (seconds, for all). What is
+known so far is in FOLDER at any moment: report.json (results, versions, clocks), output.log (what finished steps
+printed), running/ (what the others print), inputs.zip (tensors of failed tests), the benchmarks' JSON files. A step
+that fails, crashes the GPU's context or hangs loses nothing of the others. --add-to: the report of an earlier call;
+what passed there is not repeated, so that the same command goes on where the budget ended.
 
-FOLDER is by default $OUT, else build/gpu-check. Nothing is installed: the package is read from python/, its library from
-build/gpu-kit (`make gpu-kit`), else from where it is installed; --build builds it for this machine's GPU.
+FOLDER is by default $OUT, else build/gpu-check. Nothing is installed and no network is needed: the package is read from
+python/, its library from the kit (`make gpu-kit`; wheels and the released code there are used as peers), else from
+where it is installed; --build builds it for this machine's GPU. --rehearse LIBRARY: everything without a GPU, with the
+CUDA operators that tests/simt builds for the CPU.
 Exit status: 0 all passed, 1 something did not, 2 no GPU to check with.
 """
 
@@ -23,6 +27,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
 import zipfile
@@ -110,63 +115,93 @@ def tool(name):
 
 
 # ------------------------------------------------------------------------------------------------------- the parts
-PYTEST = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "-ra"]
 COMPILES = "compile or inductor"  # tests that wait for torch.compile
-# The sanitizers' tests: every kernel of a scan at a size at which all of them are used, and small shapes of all options.
+# The sanitizers' tests: a scan of the size at which all of its kernels are at work, and small shapes of all options.
 LARGE = "tests/test_large_shapes.py"
 SMALL = ["tests/test_gpu.py", "-k", "cpu_and_gpu_agree and float32 or beside_the_tensors or overflow"]
 
 
-def pytest(name, *words, limit=300, **more):
+def pytest(name, *words, limit=300, marker="gpu", **more):
     # A test that hangs shows where, before it is killed.
-    return Step(name, [*PYTEST, "-o", f"faulthandler_timeout={limit - 10}", *words], limit, junit=True, **more)
+    command = [sys.executable, "-m", "pytest", "-m", marker, "-q", "-ra", "-p", "no:cacheprovider"]
+    return Step(name, [*command, "-o", f"faulthandler_timeout={limit - 10}", *words], limit, junit=True, **more)
 
 
-def sanitizer(tool_name, name, *words, limit):
+def sanitizer(tool_name, name, *words, limit, **more):
     program = tool("compute-sanitizer")
     if program is None:
         return Step(name, None, note="compute-sanitizer not found: it comes with the CUDA toolkit")
     command = [program, "--tool", tool_name, "--error-exitcode", "86", "--report-api-errors", "no"]
     # Our kernels alone; but what is initialised can only be known of all of them.
     command += [] if tool_name == "initcheck" else ["--kernel-name", "kns=fwpkm"]
-    step = pytest(name, *words, limit=limit)
+    step = pytest(name, *words, limit=limit, **more)
     # PyTorch's allocator would hide where a tensor ends.
     return step._replace(command=command + step.command, environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
 
 
-def bench(name, *words, limit=400):
-    return Step(name, [sys.executable, "-m", "bench", *words], limit, keep=True)
+def python(name, *words, limit=100, **more):
+    return Step(name, [sys.executable, *words], limit, **more)
 
 
-def parts(out):
-    """{part: its steps}"""
-    tests = sorted(path.name for path in (ROOT / "tests").glob("test_*.py"))
-    of_a_gpu = [x for x in tests if re.search(r'"device"|mark\.gpu', (ROOT / "tests" / x).read_text())]
-    files = [x for x in of_a_gpu if f"tests/{x}" != LARGE]
+def parts(out, kit, rehearsal=False):
+    """{part: its steps}. A rehearsal takes few of the tests, for every CUDA thread is a fiber there, and benchmarks of
+    the CPU."""
+    files = sorted(path.name for path in (ROOT / "tests").glob("test_*.py"))
+    of_a_gpu = [x for x in files if re.search(r'"device"|mark\.gpu', (ROOT / "tests" / x).read_text())]
+    of_a_gpu = [x for x in of_a_gpu if f"tests/{x}" != LARGE and not (rehearsal and x == "test_bench.py")]
+    compiling = [x for x in of_a_gpu if "torch.compile" in (ROOT / "tests" / x).read_text()]
+    few = " and (the_reference or half_precision or output_and_loss or dot)" if rehearsal else ""
+    marker = dict(marker="not cpu") if rehearsal else {}
+    release = ["--release-dir", kit / "release"] if (kit / "release").is_dir() else []
+    where = ["--device", "cpu", "--quick"] if rehearsal else ["--device", "cuda"]
+    ops = ["bench", "ops", *where, *release, "--json", out / "bench.json"]
+    predictions = ROOT / "bench" / "results" / "predictions-h200.json"
+    profile = ["bench", "profile", "--json", out / "profile.json"]
+    if rehearsal:
+        ops += ["--cases", "score_topk"]
+        profile = ["bench", "profile", "--report", ROOT / "bench" / "results" / "h200-profile.json"]
+    large, small = ("h1k8-idw or h2k32", "h1k8-idw") if not rehearsal else ("h1k8-idw", "h1k8-idw")
+    counters = [ROOT / "scripts" / "gpu_counters.py", out / "counters.zip"]
     return {
         "smoke": [
-            Step("report", [sys.executable, "-m", "fwpkm_cuda"], 60, keep=True, first=True),
+            python("report", "-m", "fwpkm_cuda", limit=60, keep=True, first=True),
             pytest("operators", "tests/test_value_gather.py", "tests/test_product_key_topk.py",
-                   "tests/test_chunk_scan.py", "-k", "the_reference", limit=100),
+                   "tests/test_chunk_scan.py", "-k", "the_reference", limit=100, **marker),
         ],
-        "shapes": [pytest("large shapes", LARGE, limit=100)],
+        "shapes": [pytest("large shapes", LARGE, limit=100, **marker)],
         "memcheck": [
-            sanitizer("memcheck", "large", LARGE, "-k", "h1k8-idw or h2k32", limit=120),
-            sanitizer("memcheck", "small", *SMALL, limit=120),
+            sanitizer("memcheck", "large", LARGE, "-k", large, limit=120, **marker),
+            sanitizer("memcheck", "small", *SMALL, limit=120, **marker),
         ],
-        "tests": [pytest(x, f"tests/{x}", "-k", f"not ({COMPILES})", limit=240, together=True) for x in files],
+        "tests": [
+            pytest(x, f"tests/{x}", "-k", f"not ({COMPILES}){few}", limit=240, together=True, **marker)
+            for x in of_a_gpu
+        ],
         "compile": [
-            pytest(f"{x}, compiled", f"tests/{x}", "-k", COMPILES, limit=240, together=True)
-            for x in files
-            if "compile" in (ROOT / "tests" / x).read_text()
+            pytest(f"{x}, compiled", f"tests/{x}", "-k", COMPILES, limit=240, together=True, **marker)
+            for x in compiling
         ],
         "racecheck": [
-            sanitizer("racecheck", "large", LARGE, "-k", "h1k8-idw", limit=150),
-            sanitizer("racecheck", "small", *SMALL, limit=120),
+            sanitizer("racecheck", "large", LARGE, "-k", small, limit=150, **marker),
+            sanitizer("racecheck", "small", *SMALL, limit=120, **marker),
         ],
-        "initcheck": [sanitizer("initcheck", "large", LARGE, "-k", "h1k8-idw", limit=150)],
-        "accuracy": [bench("accuracy", "accuracy", "--device", "cuda", "--json", out / "accuracy.json")],
-        "bench": [bench("ops", "ops", "--device", "cuda", "--json", out / "bench.json")],
+        "initcheck": [sanitizer("initcheck", "large", LARGE, "-k", small, limit=150, **marker)],
+        "bench": [
+            python("ops", "-m", *ops, limit=400, keep=True),
+            python("predictions", "-m", "bench", "compare", predictions, out / "bench.json", keep=True),
+        ],
+        "profile": [python("kernels", "-m", *profile, limit=120, keep=True)],
+        "counters": [
+            python(f"{case}, {kernels}", *counters, case, "--kernels", kernels, "--count", count, limit=120)
+            for case, kernels, count in (
+                ("training", "filter|read_tokens|sum_pieces|sum_columns|move_entries", "6"),
+                ("training", "token_gradients", "1"),
+                ("inference", ".*", "16"),
+            )
+        ],
+        "accuracy": [
+            python("accuracy", "-m", "bench", "accuracy", *where, "--json", out / "accuracy.json", limit=200, keep=True)
+        ],
     }  # fmt: skip
 
 
@@ -312,28 +347,32 @@ def line(x):
 
 
 # ---------------------------------------------------------------------------------------------------------- the whole
-def environment(options, facts):
-    """What lets every step find the package and its library, and name the commit."""
-    paths = [str(ROOT / "python"), os.environ.get("PYTHONPATH")]
+def environment(facts, kit, library, wheels):
+    """What lets every step find the package, its library and the peers, and name the commit."""
+    paths = [str(ROOT / "python"), wheels, os.environ.get("PYTHONPATH")]
     found = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
     found["FWPKM_COMMIT"] = facts["commit"]
-    if options.build or (options.kit / LIBRARY).is_file():
-        found["FWPKM_LIBRARY"] = str(options.kit / LIBRARY)
-    return found
+    return found | ({"FWPKM_LIBRARY": str(library)} if library else {})
 
 
-def build(facts, kit):
+def unpacked_wheels(kit, folder):
+    """The kit's wheels in a folder of their own; None without any."""
+    wheels = sorted(str(x) for x in (kit / "wheels").glob("*.whl"))
+    install = ["-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile", "--target", folder, *wheels]
+    return str(folder) if wheels and subprocess.run([sys.executable, *install]).returncode == 0 else None
+
+
+def build(facts, library):
     """The library for this GPU, with what this machine has: no installation, no network."""
     folder = ROOT / "build" / "gpu"
     settings = ["-DFWPKM_WITH_CUDA=ON", f"-DFWPKM_CUDA_ARCHS={architecture(facts['capability'])}"]
     settings += ["-DFWPKM_WITH_PYBIND=OFF", f"-DPython_EXECUTABLE={sys.executable}"]
     commands = (
         ["cmake", "-S", ROOT, "-B", folder, "-GNinja", *settings], ["cmake", "--build", folder],
-        ["cmake", "-E", "copy", folder / LIBRARY, kit / LIBRARY],
+        ["cmake", "-E", "make_directory", library.parent], ["cmake", "-E", "copy", folder / LIBRARY, library],
     )  # fmt: skip
-    kit.mkdir(parents=True, exist_ok=True)
     script = " && ".join(" ".join(f"'{x}'" for x in command) for command in commands)
-    return Step("library", ["bash", "-c", script], 400, first=True)
+    return Step("library", ["bash", "-c", script], 400, note=settings[1], first=True)
 
 
 def main():
@@ -343,12 +382,13 @@ def main():
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or ROOT / "build" / "gpu-check"))
     parser.add_argument("--budget", type=float, default=540, help="seconds for everything")
     parser.add_argument("--add-to", type=Path, help="a report: what passed there is not repeated")
-    parser.add_argument("--kit", type=Path, default=KIT, help="the folder with the library")
+    parser.add_argument("--kit", type=Path, default=KIT, help="the folder that `make gpu-kit` has filled")
     parser.add_argument("--build", action="store_true", help="build the library for this GPU first")
     parser.add_argument("--jobs", type=int, default=6, help="test files at the same time")
+    parser.add_argument("--rehearse", type=Path, metavar="LIBRARY", help="without a GPU")
     options = parser.parse_args()
-    out = options.out.resolve()
-    todo = parts(out)
+    begin, out, kit = time.monotonic(), options.out.resolve(), options.kit.resolve()
+    todo = parts(out, kit, rehearsal=bool(options.rehearse))
     if unknown := set(options.parts) - set(todo):
         parser.error(f"expected some of {', '.join(todo)}, got {', '.join(sorted(unknown))}")
     todo = {name: steps for name, steps in todo.items() if not options.parts or name in options.parts}
@@ -357,17 +397,22 @@ def main():
             print(f"{name}: " + ", ".join(f"{x.name} ({x.limit} s)" for x in steps))
         return
     facts = machine()
-    if reason := why_no_gpu(facts):
+    if options.rehearse:
+        facts["rehearsal"] = "the CUDA operators on the CPU"
+    elif reason := why_no_gpu(facts):
         print(f"gpu-check: {reason}; nothing was checked", file=sys.stderr)
         sys.exit(2)
-    print(f"{facts['gpu']}, driver {facts.get('driver_version')}, torch {facts['torch']}, commit {facts['commit']}")
+    where = facts.get("rehearsal") or f"{facts['gpu']}, driver {facts.get('driver_version')}"
+    print(f"{where}, torch {facts['torch']}, commit {facts['commit']}", flush=True)
+    library = options.rehearse or (kit / LIBRARY if options.build or (kit / LIBRARY).is_file() else None)
     if options.build:
-        todo = {"build": [build(facts, options.kit)]} | todo
+        todo = {"build": [build(facts, library)]} | todo
     before = json.loads(options.add_to.read_text())["steps"] if options.add_to else ()
-    passed = check(
-        todo, facts, out, budget=options.budget, jobs=options.jobs, environment=environment(options, facts),
-        before=before,
-    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        found = environment(facts, kit, library and library.resolve(), unpacked_wheels(kit, folder))
+        found |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} if options.rehearse else {}
+        budget = options.budget - (time.monotonic() - begin)
+        passed = check(todo, facts, out, budget=budget, jobs=options.jobs, environment=found, before=before)
     sys.exit(not passed)
 
 

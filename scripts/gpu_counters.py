@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Nsight Compute on one call of a case of `python -m bench profile`: counters of each kernel, and samples by instruction.
+"""Nsight Compute on one call of a case of `python -m bench profile`: counters of kernels, samples by instruction.
 
-    scripts/gpu_counters.py ARCHIVE.zip CASE [--kernels REGEX] [--count 40]
+    scripts/gpu_counters.py ARCHIVE.zip CASE [--kernels "filter|gather"] [--count 40]
 
-Adds CASE.details.csv (speed of light, occupancy, stalls, instructions) and CASE.source.csv (machine code with samples; 1 MB
-a launch before it is packed) to the archive. Clocks stay as they are.
+Adds two tables to the archive: details (speed of light, occupancy, stalls, instructions) and source (machine code with
+samples; 1 MB a launch before it is packed). Clocks stay as they are.
 """
 
 import argparse
@@ -27,7 +27,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("archive", type=Path)
     parser.add_argument("case")
-    parser.add_argument("--kernels", default=".", help="a regular expression")
+    parser.add_argument("--kernels", default=".*", help="a regular expression of their names")
     parser.add_argument("--count", type=int, default=40, help="launches at most")
     options = parser.parse_args()
     ncu = shutil.which("ncu") or shutil.which("ncu", path="/usr/local/cuda/bin")
@@ -36,11 +36,11 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.ncu-rep"
         command = [ncu, "--profile-from-start", "off", "--clock-control", "none", "--kernel-name"]
-        command += [f"regex:{options.kernels}", "--launch-count", str(options.count), "-o", report]
+        command += [f"regex:^({options.kernels})$", "--launch-count", str(options.count), "-o", report]
         command += [x for section in SECTIONS for x in ("--section", section)]
         command += [sys.executable, "-m", "bench", "profile", "--once", "--cases", options.case]
         subprocess.run(command, cwd=ROOT, check=True)
-        name = re.sub(r"\W+", "-", options.case)
+        name = re.sub(r"\W+", "-", f"{options.case} {options.kernels}").strip("-")
         for page in ("details", "source"):
             done = subprocess.run([ncu, "--import", report, "--csv", "--page", page], capture_output=True, check=True)
             with zipfile.ZipFile(options.archive, "a", zipfile.ZIP_DEFLATED) as archive:

@@ -56,23 +56,28 @@ def seed():
     torch.manual_seed(0)
 
 
+def tensors_in(name, x):
+    """(name, tensor) of a variable, or of what a list or tuple holds; none that is large."""
+    for i, part in enumerate(x if isinstance(x, list | tuple) else [x]):
+        if isinstance(part, torch.Tensor) and part.layout == torch.strided and part.numel() <= 1 << 18:
+            yield f"{name}.{i}", part
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
-    """FWPKM_KEEP_INPUTS=folder: of a test that failed, the tensors of its frames are kept there."""
+    """FWPKM_KEEP_INPUTS=folder: of a test that failed, the tensors of its functions' variables are kept there."""
     report = yield
     folder = os.environ.get("FWPKM_KEEP_INPUTS")
-    if folder and report.failed and call.excinfo:
-        frames = [(entry.name, entry.frame.f_locals) for entry in call.excinfo.traceback][-6:]
-        kept = {}
-        for function, names in frames:
-            for name, x in names.items():
-                parts = x if isinstance(x, list | tuple) else [x]
-                for i, part in enumerate(parts):
-                    if isinstance(part, torch.Tensor) and part.layout == torch.strided and part.numel() <= 1 << 18:
-                        try:
-                            kept[f"{function}.{name}.{i}"] = part.detach().cpu()
-                        except RuntimeError:  # the GPU's context is gone
-                            continue
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        torch.save(kept, Path(folder) / (re.sub(r"\W+", "-", item.nodeid)[-120:] + ".pt"))
+    if not (folder and report.failed and call.excinfo):
+        return report
+    kept = {}
+    for entry in call.excinfo.traceback[-6:]:
+        for name, x in entry.frame.f_locals.items():
+            for key, tensor in tensors_in(f"{entry.name}.{name}", x) if name.isidentifier() else ():
+                try:
+                    kept[key] = tensor.detach().cpu()
+                except RuntimeError:  # the GPU's context is gone
+                    continue
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    torch.save(kept, Path(folder) / (re.sub(r"\W+", "-", item.nodeid)[-120:] + ".pt"))
     return report

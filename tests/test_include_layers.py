@@ -113,3 +113,11 @@ def test_every_module_has_its_layer():
 def test_every_source_file_says_what_it_is_for():
     for path in source_files():
         assert path.read_text().lstrip().startswith(("//", "/*")), path
+
+
+def test_no_sum_of_the_package_depends_on_the_order_of_atomics():
+    """index_add_ and its like add with float atomics on a GPU."""
+    for path in (CSRC.parent / "python" / "fwpkm_cuda").glob("*.py"):
+        if path.name != "reference.py":
+            found = re.findall(r"index_add|scatter_add|scatter_reduce|index_put", path.read_text())
+            assert not found, f"{path.name}: {found}"

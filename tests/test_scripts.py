@@ -1,11 +1,7 @@
-"""The tools around the CUDA kernels, without a GPU: the parser of ptxas' output, and the order of a GPU check."""
+"""The tools around the CUDA kernels: the parser of ptxas' output. (Of a GPU check: test_gpu_check.py.)"""
 
 import importlib
-import json
 import struct
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -34,12 +30,6 @@ ptxas info    : Function properties for __internal_trig_reduction_slowpathd
 def kernel_table(monkeypatch):
     monkeypatch.syspath_prepend(str(SCRIPTS))
     return importlib.import_module("kernel_table")
-
-
-@pytest.fixture
-def gpu_check(monkeypatch):
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    return importlib.import_module("gpu_check")
 
 
 def elf(sections):
@@ -124,81 +114,3 @@ def test_every_architecture_of_a_file_is_compiled_apart(kernel_table):
     for _, arch, command in found:
         assert command[:6] == ["nvcc", "-O3", "-x", "cu", str(file), "-o"] and command[6].startswith("/out/")
         assert command[7:] == ["-cubin", "-Xptxas=-v", f"--generate-code=arch=compute_{arch[3:]},code=[{arch}]"]
-
-
-def python(code):
-    return [sys.executable, "-c", code]
-
-
-def test_a_part_that_fails_hangs_or_is_missing_does_not_lose_the_others(gpu_check, tmp_path, capsys):
-    step, report = gpu_check.Step, tmp_path / "results" / "report.json"
-    todo = [
-        step("good", python("import os; print(os.environ['WORD'])"), environment={"WORD": "seen"}, keep=True),
-        step("bad", python("print('why'); raise SystemExit(3)")),
-        step("hangs", python("print('here', flush=True); import time; time.sleep(60)")),
-        step("no tool", None, "not found"),
-        step("last", python("print('========= ERROR SUMMARY: 0 errors')")),
-    ]
-    begin = time.monotonic()
-    assert not gpu_check.check(todo, {"gpu": "a GPU"}, 5, report)
-    assert time.monotonic() - begin < 30
-    written = json.loads(report.read_text())
-    assert written["passed"] is False and written["machine"]["gpu"] == "a GPU"
-    parts = {x["part"]: x for x in written["parts"]}
-    results = ["passed", "failed", "timed out", "missing", "passed"]
-    assert [x["result"] for x in parts.values()] == results
-    assert [name for name, x in parts.items() if x["ok"]] == ["good", "last"]
-    assert parts["good"]["tail"] == ["seen"] and parts["bad"]["tail"] == ["why"] and parts["hangs"]["tail"] == ["here"]
-    assert parts["bad"]["exit_status"] == 3 and parts["last"]["summary"] == "ERROR SUMMARY: 0 errors"
-    assert "hangs       timed out" in capsys.readouterr().out
-
-
-def test_nothing_runs_after_a_failed_build(gpu_check, tmp_path):
-    todo = [
-        gpu_check.Step("build", python("raise SystemExit(1)"), first=True),
-        gpu_check.Step("tests", python(f"open({str(tmp_path / 'ran')!r}, 'w')")),
-    ]
-    assert not gpu_check.check(todo, {}, 60, tmp_path / "report.json")
-    assert not (tmp_path / "ran").exists()
-    results = [x["result"] for x in json.loads((tmp_path / "report.json").read_text())["parts"]]
-    assert results == ["failed", "not run"]
-
-
-@pytest.mark.parametrize("body, result", [("pass", "passed"), ("pytest.skip()", "failed")], ids=["runs", "skips all"])
-def test_pytest_must_have_passed_something(gpu_check, tmp_path, body, result):
-    (tmp_path / "test_it.py").write_text(f"import pytest\ndef test_it(): {body}\n")
-    junit = tmp_path / "it.xml"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", tmp_path, "--junitxml", junit]
-    record = gpu_check.run(gpu_check.Step("tests", command, junit=junit), 300)
-    assert record["result"] == result
-    assert record["counts"] == {"passed": int(result == "passed"), "failed": 0, "skipped": int(result != "passed")}
-
-
-def test_the_parts_of_a_gpu_check(gpu_check, tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_check, "find_sanitizer", lambda: "/bin/compute-sanitizer")
-    options = dict(limit=100, cases="few", benchmarks=tmp_path / "bench.json")
-    todo = list(gpu_check.steps(gpu_check.PARTS, {"capability": [9, 0]}, tmp_path, installed=False, **options))
-    names = ["build", "tests", "memcheck", "racecheck", "initcheck", "accuracy", "benchmarks"]
-    assert [x.name for x in todo] == names
-    assert todo[0].environment == {"FWPKM_CUDA_ARCHS": "90a-real", "FWPKM_WITH_CUDA": "ON"} and todo[0].first
-    assert todo[-1].command[2:5] == ["bench", "ops", "--device"]
-    (tests,) = gpu_check.steps(["tests"], {}, tmp_path, installed=True, **options)
-    assert tests.name == "tests"
-    monkeypatch.setattr(gpu_check, "find_sanitizer", lambda: None)
-    missing = list(gpu_check.steps(["sanitizer"], {}, tmp_path, installed=True, **options))
-    assert [x.command for x in missing] == [None] * 3
-    assert [gpu_check.architecture(x) for x in ([8, 0], [8, 6], [10, 0], [12, 0])] == [
-        "80-real", "86-real", "100a-real", "120-real",
-    ]  # fmt: skip
-
-
-def test_without_a_gpu_it_says_so_and_exits_2(gpu_check, tmp_path):
-    assert "lists none" in gpu_check.why_no_gpu({"torch": "2.13.0", "cuda": None})
-    assert "for the CPU only" in gpu_check.why_no_gpu({"torch": "2.13.0", "cuda": None, "driver_version": "580"})
-    assert "for CUDA 13.0" in gpu_check.why_no_gpu({"torch": "2.13.0", "cuda": "13.0", "driver_version": "580"})
-    assert not gpu_check.why_no_gpu({"torch": "2.13.0", "cuda": "13.0", "gpu": "a GPU"})
-    if gpu_check.machine().get("gpu"):
-        return
-    command = [sys.executable, SCRIPTS / "gpu_check.py", "--report", tmp_path / "report.json"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and "nothing was checked" in done.stderr and not (tmp_path / "report.json").exists()

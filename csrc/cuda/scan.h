@@ -60,7 +60,8 @@ inline int64_t most_tokens(const ScanSizes& s) {
 
 // Whether a scan, or its backward pass, should use two streams.
 inline bool works_apart(const ScanSizes& s) {
-  return s.writes > 0 && most_tokens(s) * s.reads_per_token() >= kernels::ScanSize::kLeastReadsApart;
+  return s.writes > 0 && most_tokens(s) * s.reads_per_token() >= kernels::ScanSize::kLeastReadsApart &&
+         !kernels::without("streams");
 }
 
 // kappa of gamma = kappa / N_read

@@ -269,7 +269,7 @@ bool launch_from_shared(const BackwardKeys<T>& x, bool aligned, cudaStream_t str
   const int64_t entries = x.num_lists() * view.topk, bytes = Tile::packs(x) * int64_t(sizeof(Pack<T>));
   const int64_t wanted = (Size::kSharedBlocks + blocks - 1) / blocks;
   const int64_t most = entries / (groups * view.num_sub_keys) / kLeastReads, parts = wanted < most ? wanted : most;
-  if (view.memories.of_row || !aligned || parts == 0 || entries <= kPiece ||
+  if (view.memories.of_row || !aligned || parts == 0 || entries <= kPiece || without("columns") ||
       entries * view.half_width < Size::kLeastSharedElements || bytes > Size::kMostSharedBytes ||
       !simt::allow_shared(kernel, size_t(bytes)))
     return false;

@@ -270,7 +270,7 @@ cudaError_t column_sums(const OrderedLists& lists, const Terms& terms, const Out
   constexpr int64_t kLeastReads = 4;  // of a row by a block
   const auto kernel = sum_columns<Size, T, Terms, Output>;
   const int64_t slices = (width + Tile::kColumns - 1) / Tile::kColumns;
-  if (aligned && topk >= kLeastReads && int64_t(lists.n) * width >= Size::kLeastSharedElements) {
+  if (aligned && !without("columns") && topk >= kLeastReads && int64_t(lists.n) * width >= Size::kLeastSharedElements) {
     const int64_t wanted = (Size::kSharedBlocks + groups * slices - 1) / (groups * slices);
     const KeyParts parts{int32_t(lists.n / (groups * topk)), int32_t(groups), int32_t(topk),
                          int32_t(lists.num_keys / groups),

@@ -182,7 +182,8 @@ bool launch_filter(const float* query, TokenRows rows, const float* sub_keys, in
     return true;
   };
   // Sets must be many more than R for the filter to let few pass, and hold some sub-keys each.
-  if (rows.count < Size::kLeastTokens || num_sub_keys < 8 * topk || num_sub_keys > kMostFilterKeys) return false;
+  if (without("filter") || rows.count < Size::kLeastTokens || num_sub_keys < 8 * topk || num_sub_keys > kMostFilterKeys)
+    return false;
   using Many = std::integral_constant<int, Size::kManyTokens>;
   using Few = std::integral_constant<int, Size::kFewTokens>;
   const bool many = rows.tiles(Many::value) * lists >= Size::kManyBlocks;

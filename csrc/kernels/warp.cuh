@@ -1,6 +1,7 @@
 // Small tools of all kernels: lanes and warps, 16-byte packs of a row, the size of a launch.
 #pragma once
 #include "kernels/simt.cuh"
+#include "kernels/switches.cuh"
 #include "kernels/tuning.cuh"
 
 namespace fwpkm::kernels {
@@ -76,7 +77,7 @@ __device__ __forceinline__ void subtract(Pack<T>& pack, const Pack<T>& other) {
 // Whether every pointer is a multiple of 16 and every row whole packs.
 template <typename T, typename... Pointers>
 bool rows_are_packs(int64_t width, Pointers... pointers) {
-  return width % Pack<T>::kSize == 0 && ((reinterpret_cast<uintptr_t>(pointers) % 16 == 0) && ...);
+  return width % Pack<T>::kSize == 0 && !without("packs") && ((reinterpret_cast<uintptr_t>(pointers) % 16 == 0) && ...);
 }
 
 // Sum of x over the lanes up to and including this one.
