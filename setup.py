@@ -20,7 +20,6 @@ WITH_PYBIND = os.environ.get("FWPKM_WITH_PYBIND", "1").upper() not in ("0", "OFF
 OPTIONS = (
     "FWPKM_WITH_CUDA",
     "FWPKM_CUDA_ARCHS",
-    "FWPKM_CUTLASS_INCLUDE",
     "FWPKM_TORCH_DIR",
     "FWPKM_TORCH_TARGET",
     "FWPKM_WERROR",

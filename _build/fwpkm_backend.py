@@ -1,15 +1,27 @@
-"""The setuptools build backend, with one change: torch is a build requirement only where it is not installed yet.
+"""The setuptools build backend, with two changes.
 
-The wheel does not depend on which torch (2.11 or newer) built it, so downloading gigabytes into pip's isolated
-environment would be a waste when the environment pip was started from has one.
+torch is a build requirement only where it is not installed yet. The wheel does not depend on which torch (2.11 or
+newer) built it, so downloading gigabytes into pip's isolated environment would be a waste when the environment pip was
+started from has one.
+
+A setuptools that is too old, as it can be with --no-build-isolation, is refused here, by its version. It would refuse
+pyproject.toml itself, with a message that does not name the cause.
 """
 
 import os
 import subprocess
 import sys
 
+import setuptools
 from setuptools import build_meta
 from setuptools.build_meta import *  # noqa: F403
+
+OLDEST_SETUPTOOLS = 77  # as in pyproject.toml; the first that reads `license = "Apache-2.0"`
+if int(setuptools.__version__.split(".")[0]) < OLDEST_SETUPTOOLS:
+    sys.exit(
+        f"fwpkm-cuda: setuptools {setuptools.__version__} found, {OLDEST_SETUPTOOLS} or newer is needed. "
+        f'Install it: {sys.executable} -m pip install "setuptools>={OLDEST_SETUPTOOLS}"'
+    )
 
 
 def _installed(module):

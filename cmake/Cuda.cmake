@@ -38,21 +38,18 @@ set(CMAKE_CUDA_STANDARD_REQUIRED ON)
 set(FWPKM_CUDA ON)
 string(REPLACE ";" "," FWPKM_CUDA_ARCHS_BUILT "${CMAKE_CUDA_ARCHITECTURES}")
 
-# Adds CUDA sources to fwpkm_ops. The architectures are a property of a target, hence one OBJECT library per set of them.
-function(fwpkm_cuda_sources name architectures)
-  add_library(${name} OBJECT ${ARGN})
-  set_target_properties(${name} PROPERTIES CUDA_ARCHITECTURES "${architectures}" CUDA_RUNTIME_LIBRARY Static)
-  target_link_libraries(${name} PRIVATE torch_stable)
-  target_include_directories(${name} PRIVATE csrc)
-  if(FWPKM_CUTLASS_INCLUDE)
-    target_include_directories(${name} SYSTEM PRIVATE ${FWPKM_CUTLASS_INCLUDE})
-  endif()
+# Adds CUDA sources to fwpkm_ops, as an OBJECT library: options of nvcc are not for the other sources.
+function(fwpkm_cuda_sources)
+  add_library(fwpkm_ops_cuda OBJECT ${ARGN})
+  set_target_properties(fwpkm_ops_cuda PROPERTIES CUDA_RUNTIME_LIBRARY Static)
+  target_link_libraries(fwpkm_ops_cuda PRIVATE torch_stable)
+  target_include_directories(fwpkm_ops_cuda PRIVATE csrc)
   list(JOIN FWPKM_PREFIX_MAP "," prefix_map)
   # -fmad=false: a * b + c is rounded twice, as in the tests of the kernels on the CPU; fused is what is written fma.
-  target_compile_options(${name} PRIVATE --expt-relaxed-constexpr --expt-extended-lambda -fmad=false
+  target_compile_options(fwpkm_ops_cuda PRIVATE --expt-relaxed-constexpr --expt-extended-lambda -fmad=false
     -Xcompiler=-Wall,-Wextra,${prefix_map}
     $<$<BOOL:${FWPKM_WERROR}>:--Werror=all-warnings>
     $<$<BOOL:${FWPKM_LINEINFO}>:-lineinfo>
     $<$<BOOL:${FWPKM_PTXAS_VERBOSE}>:-Xptxas=-v>)
-  target_sources(fwpkm_ops PRIVATE $<TARGET_OBJECTS:${name}>)
+  target_sources(fwpkm_ops PRIVATE $<TARGET_OBJECTS:fwpkm_ops_cuda>)
 endfunction()

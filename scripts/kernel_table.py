@@ -175,9 +175,7 @@ def excused(short):
 # -------------------------------------------------------------------------------------------------------- compiling
 def configured(folder, archs):
     """The compilations of CUDA files that CMake would do, as in compile_commands.json; and nvcc's version."""
-    options = [
-        f"-D{name}={os.environ[name]}" for name in ("FWPKM_TORCH_DIR", "FWPKM_CUTLASS_INCLUDE") if name in os.environ
-    ]
+    options = [f"-DFWPKM_TORCH_DIR={os.environ['FWPKM_TORCH_DIR']}"] if "FWPKM_TORCH_DIR" in os.environ else []
     options += [f"-DFWPKM_CUDA_ARCHS={archs}"] if archs else []
     done = subprocess.run(
         ["cmake", "-S", ROOT, "-B", folder, "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}"]

@@ -173,7 +173,6 @@ template <typename T>
 void store16(void* to, const T& from) {
   *static_cast<T*>(to) = from;
 }
-inline void prefetch(const void*) {}
 
 }  // namespace simt
 
