@@ -1,19 +1,21 @@
 """python -m bench ops: every public operator against floors and peers of the same run, on the CPU or a GPU.
 
     python -m bench ops [--device cpu|cuda] [--quick] [--cases gather,decode] [--json FILE] [--plots FOLDER]
-                        [--release-dir DIR] [--threads 2]
+                        [--release-dir DIR] [--slow-peers] [--threads 2]
 
 What a case computes, and who else computes it, is in bench/cases. Each contestant is held against
 `fwpkm_cuda.reference` before it is timed (at a smaller size where the reference needs too much memory), and its answer
-must be right; ours must also have the same bits at the size that is timed when nothing is 16-byte aligned, for which
-other kernels are at work. Inputs go round and are larger than the cache; on a GPU the cache is overwritten before each
-call, and CUDA events give the time, the host a call ahead (host: what it took). Bytes and FLOPs are those that no implementation can do without, counted in the case;
-%copy: of the bandwidth of a plain copy, measured in the same run; %floor: of the time that the copy bandwidth and the
-matrix products' rate leave. Peak and retained memory: above what was there before the call; of a training step retained
-is what waits for its backward pass. Only on a GPU: `python -m bench cpu` measures memory on the CPU.
+must be right; ours must also have the same bits at the size that is timed when nothing is 16-byte aligned, where other
+kernels are at work. Inputs go round and are larger than the cache; on a GPU the cache is overwritten before each call,
+and CUDA events give the time, with the host a call ahead (host: what it took). Bytes and FLOPs are those that no
+implementation can do without, counted in the case; %copy: of the bandwidth of a plain copy, measured in the same run;
+%floor: of the time that the copy bandwidth and the matrix products' rate leave. Peak and retained memory: above what
+was there before the call; of a training step retained is what waits for its backward pass. Only on a GPU: `python -m
+bench cpu` measures memory on the CPU.
 
 Peers, each where it is installed: PyTorch (eager, torch.compile), bench/dense_baseline.py, fbgemm-gpu,
-product-key-memory, fast-weight-product-key-memory; the released code from a folder you name.
+product-key-memory, fast-weight-product-key-memory; the released code from a folder you name; with --slow-peers
+sparse-delta-memory (NOTES.md, "Peers").
 """
 
 import dataclasses
@@ -68,17 +70,17 @@ def checked(case):
         return {name: {} for name in case.contestants}
     x = reference.inputs()
     expected, verdicts = reference.expected(x), {}
-    for name, make in reference.contestants.items():
+    for name in case.contestants:
+        if name in case.unlike:  # its answer is not compared: it need not run at the smaller size
+            verdicts[name] = {"unlike": case.unlike[name]}
+            continue
         try:
-            found = call_on(make(), x)
+            found = call_on(reference.contestants[name](), x)
         except Absent as reason:
             verdicts[name] = {"absent": str(reason)}
             continue
         except Exception as error:
             verdicts[name] = {"failed": of_error(error)}
-            continue
-        if name in case.unlike:
-            verdicts[name] = {"unlike": case.unlike[name]}
             continue
         error = difference(found, expected)
         verdicts[name] = {"error": error}
@@ -88,8 +90,8 @@ def checked(case):
 
 
 def differing(case, twin, x):
-    """{contestant: why it is out} of ours that have other bits in `twin`, the same case with nothing 16-byte aligned, at
-    the size that is timed. Left out where the reference has checked that size."""
+    """{contestant: why it is out} of ours that have other bits in `twin`, the same case with nothing 16-byte aligned,
+    at the size that is timed. Left out where the reference has checked that size."""
     found, off = {}, placed(x, 1)
     for name in case.contestants if case.checked else ():
         if not name.startswith("ours"):
@@ -178,7 +180,7 @@ def run(options, sizes=None, say=lambda text, report: None):
     """-> the report. `say` is called with each case before it is measured, and with each family when it is complete."""
     torch.set_num_threads(options.threads)
     sizes = sizes or SIZES[options.device, options.quick]
-    setup = Setup(options.device, sizes, timing.meter_of(options.device), options.release_dir)
+    setup = Setup(options.device, sizes, timing.meter_of(options.device), options.release_dir, options.slow_peers)
     off = dataclasses.replace(setup, offset=1)
     chosen = options.cases.split(",") if options.cases else list(FAMILIES)
     if unknown := set(chosen) - set(FAMILIES):
@@ -329,6 +331,7 @@ def add_arguments(parser):
     parser.add_argument("--json", help="write all figures to this file")
     parser.add_argument("--plots", type=Path, help="draw PNG files into this folder; needs matplotlib")
     parser.add_argument("--release-dir", help="folder of the released FwPKM repository, to run it beside")
+    parser.add_argument("--slow-peers", action="store_true", help="also the peer that compiles for minutes, on a GPU")
     parser.add_argument("--threads", type=int, default=2)
 
 

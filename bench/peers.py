@@ -1,7 +1,9 @@
-"""Other packages beside ours, where they are installed: fbgemm-gpu, product-key-memory, fast-weight-product-key-memory.
+"""Other packages beside ours, where they are installed: fbgemm-gpu, product-key-memory, fast-weight-product-key-memory,
+sparse-delta-memory.
 
 None is a dependency. What is missing, does not load or has no such configuration raises `Absent` and is named in the
-report. (The released FwPKM code: release.py. Plain PyTorch: beside the cases, and dense_baseline.py.)
+report; how each is brought: NOTES.md. (The released FwPKM code: release.py. Plain PyTorch: beside the cases, and
+dense_baseline.py.)
 """
 
 import contextlib
@@ -21,7 +23,9 @@ def package(name, what=None):
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             return importlib.import_module(name)
-    except ImportError:
+    except ModuleNotFoundError as error:
+        if error.name not in (name, name.partition(".")[0]):  # a wheel that came without what it needs
+            raise Absent(f"does not load here: no module {error.name}") from None
         raise Absent("not installed" if what is None else f"{what} not installed") from None
     except Exception as error:  # a compiled library of another PyTorch raises whatever it likes
         raise Absent(f"does not load here: {type(error).__name__}") from None
@@ -67,6 +71,21 @@ def fast_weight_product_key_memory(setup, dim, P, H, R, C):
         dim, heads=H, chunk_size=C, num_memories=P * P, dim_queries_keys=dim, dim_values=dim, topk=R
     )
     return module.to(setup.device)
+
+
+def sparse_delta_memory(setup, dim, P, R, C, dtype):
+    """The layer of sparse-delta-memory 2: one head that writes and reads R of P*P slots a token, and has its own
+    projections, gates and learned first rows. (B, T, dim) -> (B, T, dim); only on a GPU, whose kernels it compiles."""
+    if not setup.slow_peers:
+        raise Absent("no --slow-peers")
+    if not setup.sizes.compiled:
+        raise Absent("left out of a quick run")
+    theirs = package("sparse_delta_memory")
+    args = theirs.SparseDeltaMemoryArgs(dim=dim, slots_per_head=P * P, num_writes=R, num_reads=R, chunk_size=C)
+    layer = theirs.SparseDeltaMemory(args, layer_id=0).to(setup.device)
+    layer.init_weights()
+    layer.to(dtype)
+    return lambda x: layer(x)[0]
 
 
 def compiled(setup, function):

@@ -197,12 +197,20 @@ def draw(report, folder):
     for name, x in report["cases"].items():
         timeline, file = x["timeline"], re.sub(r"\W+", "-", name)
         end = max(b for *_, b in timeline)
-        part = end / x["chunks"] if x["chunks"] > 2 else end  # one chunk: forward and backward chunks take about as long
+        part = (
+            end / x["chunks"] if x["chunks"] > 2 else end
+        )  # one chunk: forward and backward chunks take about as long
         title = f"{name}: {m['gpu']}, commit {m['commit']}, {m['date']};"
         starts = {"forward": end * 0.2, "backward": end * 0.7} if name.startswith("training") else {"": 0.4 * end}
         for word, start in starts.items():
             begin = start if x["chunks"] > 2 else 0
-            picture(folder / f"{file}{'-' * bool(word)}{word}.png", f"{title} {word}".rstrip("; "), timeline, begin, begin + part)
+            picture(
+                folder / f"{file}{'-' * bool(word)}{word}.png",
+                f"{title} {word}".rstrip("; "),
+                timeline,
+                begin,
+                begin + part,
+            )
             if x["chunks"] <= 2:
                 break
 

@@ -90,9 +90,9 @@ class CudaMeter:
         """(of one call, of the host for it). The first is from the first kernel's start to the last one's end.
 
         `cold`: with nothing of use in the L2 cache, and with a head start of so many ms for the host (at most
-        most_head_start; None: as long as a call takes that is not counted): a kernel waits before the first one, so that
-        the host's gaps between launches do not count. Otherwise right after a call that is not counted, with no head
-        start: whoever is slower counts."""
+        most_head_start; None: as long as a call takes that is not counted): a kernel waits before the first one, so
+        that the host's gaps between launches do not count. Otherwise right after a call that is not counted, with no
+        head start: whoever is slower counts."""
         if not cold:
             function()
             return self._timed(function)

@@ -1,5 +1,6 @@
 """The benchmarks run, their baseline computes what it should, and their report has what it promises."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -143,7 +144,8 @@ def ops(monkeypatch):
 
 
 def ops_options(**changes):
-    options = dict(device="cpu", quick=True, cases=None, json=None, plots=None, release_dir=None, threads=1)
+    options = dict(device="cpu", quick=True, cases=None, json=None, plots=None, release_dir=None, slow_peers=False)
+    options |= dict(threads=1)
     return SimpleNamespace(**options | changes)
 
 
@@ -244,6 +246,115 @@ def test_the_size_that_is_timed_is_checked_where_nothing_is_aligned(ops, threads
     off = Setup("cpu", SIZES["cpu", True].short, timing.CpuMeter(), offset=1)
     for a, b in zip(setup.memory(4, 8, 6), off.copies(off.memory(4, 8, 6)), strict=True):
         assert torch.equal(a, b) and b.data_ptr() % 16 == 4
+
+
+class FakeLayer(torch.nn.Module):
+    """The interface of sparse-delta-memory's layer; remembers what it was asked for."""
+
+    made = []  # noqa: RUF012
+
+    def __init__(self, args, layer_id):
+        super().__init__()
+        self.args, self.weight = args, torch.nn.Parameter(torch.full((args.dim,), torch.nan))
+        self.calls, self.gradients = [], []
+        self.made.append(self)
+
+    def init_weights(self):
+        torch.nn.init.ones_(self.weight)
+
+    def forward(self, x):
+        assert x.dtype == self.weight.dtype and not self.weight.isnan().any()
+        self.calls.append(tuple(x.shape))
+        out = x * self.weight
+        out.register_hook(lambda gradient: self.gradients.append(tuple(gradient.shape)))
+        return out, "the state after the last token"
+
+
+class BreakingLayer(FakeLayer):
+    def forward(self, x):
+        raise RuntimeError("there is no nvcc")
+
+
+@pytest.fixture
+def beside_the_rival(ops, monkeypatch, threads):
+    """What a report says of sparse-delta-memory, and the report: with a stand-in for its layer, or without any."""
+    from bench.cases.case import SIZES
+
+    def run(layer, slow_peers=True, compiled=True):
+        of = lambda **arguments: SimpleNamespace(**arguments)
+        module = SimpleNamespace(SparseDeltaMemory=layer, SparseDeltaMemoryArgs=of) if layer else None
+        monkeypatch.setitem(sys.modules, "sparse_delta_memory", module)
+        FakeLayer.made.clear()
+        sizes = dataclasses.replace(SIZES["cpu", True].short, compiled=compiled)
+        report = ops.run(ops_options(cases="rival", slow_peers=slow_peers), sizes=sizes)
+        (record,) = ops.of_family(report, "rival").values()
+        return record["contestants"]["sparse-delta-memory"], report
+
+    return run
+
+
+def test_the_rival_s_layer_is_made_and_called_with_its_shape(ops, beside_the_rival):
+    found, report = beside_the_rival(FakeLayer)
+    assert found["ms"]["repeats"] >= 1 and "another update rule" in found["unlike"]
+    (layer,) = FakeLayer.made
+    # P, width, B, T, C, R: 16, 24, 2, 32, 8, 12
+    expected = dict(dim=24, slots_per_head=256, num_writes=12, num_reads=12, chunk_size=8)
+    assert vars(layer.args) == expected and layer.weight.dtype == torch.bfloat16
+    assert set(layer.calls) == set(layer.gradients) == {(2, 32, 24)} and len(layer.calls) == len(layer.gradients)
+    text = "\n".join(ops.plain(report, "rival"))
+    assert "sparse-delta-memory *" in text and "* sparse-delta-memory: another update rule" in text
+
+
+@pytest.mark.parametrize(
+    ("layer", "options", "result", "why"),
+    [
+        (FakeLayer, dict(slow_peers=False), "absent", "no --slow-peers"),
+        (FakeLayer, dict(compiled=False), "absent", "left out of a quick run"),
+        (None, {}, "absent", "not installed"),
+        (BreakingLayer, {}, "failed", "RuntimeError: there is no nvcc"),
+    ],
+    ids=["not asked for", "quick", "not installed", "breaks"],
+)
+def test_a_rival_that_does_not_run_is_named_with_the_reason(ops, beside_the_rival, layer, options, result, why):
+    found, report = beside_the_rival(layer, **options)
+    assert found[result] == why and "ms" not in found
+    assert len(FakeLayer.made) == (layer is BreakingLayer), "what is left out is not even made"
+    assert why in "\n".join(ops.plain(report, "rival")) and not list(ops.failures(report))
+
+
+def test_a_peer_that_came_without_what_it_needs_says_so(ops, tmp_path, monkeypatch):
+    from bench import peers
+    from bench.cases.case import Absent
+
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "peer_without_triton.py").write_text("print('a page'); import no_such_triton")
+    (tmp_path / "peer_of_another_torch.py").write_text("raise OSError('libtorch.so')")
+    for name, why in {
+        "no_such_peer": "not installed",
+        "no_such_peer.operators": "not installed",
+        "peer_without_triton": "does not load here: no module no_such_triton",
+        "peer_of_another_torch": "does not load here: OSError",
+    }.items():
+        with pytest.raises(Absent, match=f"^{why}$"):
+            peers.package(name)
+
+
+def test_a_stable_sort_stands_beside_the_segments(ops, threads):
+    from bench import timing
+    from bench.cases import rows
+    from bench.cases.case import SIZES, Setup
+
+    sizes = SIZES["cpu", True].short
+    report = ops.run(ops_options(cases="segments"), sizes=sizes)
+    for record in ops.of_family(report, "segments").values():
+        found = record["contestants"]["torch.sort alone"]
+        assert found["ms"]["repeats"] >= 1 and "a part of it" in found["unlike"]
+    _, make = list(rows.segments(Setup("cpu", sizes, timing.CpuMeter())))[-1]
+    case = make()
+    x = case.inputs()  # hot-8: every slot often
+    ordered, places = case.contestants["torch.sort alone"]()(x)
+    slots = x[0].flatten().tolist()
+    assert places.tolist() == sorted(range(len(slots)), key=slots.__getitem__) and ordered.dtype == torch.int32
 
 
 class FakeMeter:

@@ -79,6 +79,7 @@ class Setup:
     sizes: Sizes
     meter: CpuMeter | CudaMeter
     release_dir: str | None = None
+    slow_peers: bool = False  # those that compile for minutes
     ceilings: dict = field(default_factory=dict)  # bytes and FLOPs per second, seconds; filled by the first family
     seed: int = 0
     offset: int = 0  # elements from a 16-byte boundary to the memory, and to what is made of it

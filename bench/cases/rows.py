@@ -78,7 +78,7 @@ def one_segments(s: Setup, reads, distribution, V=4):
         moved = (weights.unsqueeze(-1) * dout.unsqueeze(1)).flatten(0, 1)
         return dout.new_zeros(num_slots, V).index_add_(0, slots.flatten(), moved)
 
-    def sort(x):
+    def sort_and_count(x):
         ordered, order = x[0].flatten().sort(stable=True)
         return ordered.unique_consecutive(return_counts=True), order
 
@@ -93,11 +93,15 @@ def one_segments(s: Setup, reads, distribution, V=4):
         contestants={
             "ours": lambda: lambda x: torch.ops.fwpkm.value_gather_dvalues(x[2], x[0], x[1], num_slots),
             "index_add_": lambda: index_add,
-            "sort alone": lambda: sort,
+            "sort and counts": lambda: sort_and_count,
+            "torch.sort alone": lambda: lambda x: x[0].flatten().sort(stable=True),
         },
         expected=lambda x: index_add([x[0], x[1].double(), x[2].double()]),
         work=work,
-        unlike={"sort alone": "a stable sort and the slots' counts, no sums"},
+        unlike={
+            "sort and counts": "a stable sort and the slots' counts, no sums",
+            "torch.sort alone": "a part of it; on a GPU CUB's radix sort, of 32 bits with 64-bit places",
+        },
         tolerance=1e-4,
     )
 

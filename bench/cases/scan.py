@@ -428,7 +428,21 @@ def rival(s: Setup):
     """The shape that sparse-delta-memory publishes: bfloat16 tokens, many reads, small chunks."""
     P, width, B, T, C, R = s.sizes.rival
     shape = Shape(B, T, C, P, width, width, 1, R, torch.bfloat16)
-    yield f"h1k{R} B={B} T={T} C={C} P={P} V={width}, bfloat16", lambda: training(s, shape, peer=False)
+    yield f"h1k{R} B={B} T={T} C={C} P={P} V={width}, bfloat16", lambda: beside_the_rival(s, shape)
+
+
+def beside_the_rival(s: Setup, z: Shape):
+    """Their layer takes the targets for its tokens, and gives the gradients of these alone. It runs at no smaller size,
+    for whose shape it would have to be compiled."""
+
+    def theirs():
+        layer = peers.sparse_delta_memory(s, z.V, z.P, z.R, z.C, z.dtype)
+        return Training(lambda query, target, loss_weights: (layer(target), None))
+
+    case = training(s, z, peer=False)
+    case.contestants["sparse-delta-memory"] = theirs
+    case.unlike["sparse-delta-memory"] = "another update rule, its own projections, the slots of its own keys"
+    return case
 
 
 def memory(s: Setup):
