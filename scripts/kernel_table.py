@@ -31,8 +31,8 @@ FOR_OCCUPANCY = (
     "(threads, 1) it takes more registers and spills nothing. Which is faster has not been measured"
 )
 MEASURED = (
-    "launch bounds hold it to the registers with which another block fits; with a block less, and hardly a spill, it was "
-    "slower on an H200 (in a chunk of training: sum_pieces 169 us instead of 144, read_tokens 54 instead of 47, "
+    "launch bounds hold it to the registers with which another block fits; with a block less, and hardly a spill, it "
+    "was slower on an H200 (in a chunk of training: sum_pieces 169 us instead of 144, read_tokens 54 instead of 47, "
     "token_gradients 100 instead of 94)"
 )
 SPILLS = dict.fromkeys(("add_to_query", "checked_reads", "key_factors"), FOR_OCCUPANCY)
