@@ -6,7 +6,7 @@ how many warps that leaves room for, and how many instructions it has.
 
 Device code only, with the flags that CMake gives the library; nothing is built or installed, and no GPU is needed.
 Architectures: --archs, else FWPKM_CUDA_ARCHS, else the default. --check writes nothing and fails when a kernel
-spills that is not in SPILLS.
+spills that is not in SPILLS, or could not be launched: see Kernel.too_large.
 """
 
 import argparse
@@ -53,6 +53,8 @@ class Multiprocessor(NamedTuple):
     shared: int  # bytes
 
 
+REGISTERS = 1 << 16  # of a block, on every architecture; a warp has them in units of 256, four warps at a time
+STATIC_SHARED = 48 << 10  # of a block, without asking for more
 LARGE, SMALL = Multiprocessor(64, 32, 164 << 10), Multiprocessor(48, 24, 100 << 10)
 MULTIPROCESSORS = {
     "sm_80": LARGE,
@@ -80,14 +82,26 @@ class Kernel(NamedTuple):
         return self.spill_stores + self.spill_loads > 0
 
     @property
+    def warps_by_registers(self):
+        return REGISTERS // (-(-self.registers * 32 // 256) * 256) // 4 * 4
+
+    @property
+    def too_large(self):
+        """Why its largest blocks could not be launched; "" if they can."""
+        if self.threads > 32 * self.warps_by_registers:
+            return f"{self.registers} registers of {self.threads} threads, more than {REGISTERS:,}"
+        if self.shared > STATIC_SHARED:
+            return f"{self.shared} bytes of static shared memory, more than {STATIC_SHARED:,}"
+        return ""
+
+    @property
     def warps(self):
         """Of its largest blocks, at once on a multiprocessor; dynamic shared memory left aside. "-": unknown."""
         room, warps = MULTIPROCESSORS.get(self.arch.rstrip("af")), self.threads // 32
         if room is None:
             return "-"
-        by_registers = (1 << 16) // (-(-self.registers * 32 // 256) * 256) // 4 * 4
         shared = -(-(self.shared + 1024) // 128) * 128  # a block's own KB included
-        return min(room.blocks, room.warps // warps, by_registers // warps, room.shared // shared) * warps
+        return min(room.blocks, room.warps // warps, self.warps_by_registers // warps, room.shared // shared) * warps
 
 
 def parse(text, arch):
@@ -231,7 +245,7 @@ def measure(archs, jobs):
 
 # ------------------------------------------------------------------------------------------------------ the report
 def table(files, version):
-    """The document's lines, and the kernels in it that spill without an excuse."""
+    """The document's lines, and the kernels in it that spill without an excuse or cannot be launched."""
     names = demangled(kernel.name for kernels in files.values() for kernel in kernels)
     inexcusable, seen = [], set()
     total = len({k.name for kernels in files.values() for k in kernels if k.registers is not None})
@@ -254,6 +268,8 @@ def table(files, version):
             if k in seen:  # a template that several files use
                 continue
             seen.add(k)
+            if k.registers is not None and k.too_large:
+                inexcusable.append(f"{file}: {short} on {k.arch}: {k.too_large}")
             if k.spills and not excused(short):
                 inexcusable.append(f"{file}: {short} on {k.arch}: {k.spill_stores} and {k.spill_loads} bytes spilled")
             name = f"**`{short}`**" if k.spills else f"`{short}`"
@@ -270,14 +286,16 @@ def table(files, version):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--archs", default=os.environ.get("FWPKM_CUDA_ARCHS"), help="as FWPKM_CUDA_ARCHS")
-    parser.add_argument("--check", action="store_true", help="write nothing; fail if a kernel spills without a reason")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; fail if a kernel spills without a reason or is too large"
+    )
     parser.add_argument("--output", type=Path, default=RESULT)
     parser.add_argument("--jobs", type=int, default=int(os.environ.get("MAX_JOBS") or len(os.sched_getaffinity(0))))
     options = parser.parse_args()
     lines, inexcusable = table(*measure(options.archs, options.jobs))
     if not options.check:
         options.output.write_text("\n".join(lines) + "\n")
-    print("\n".join(inexcusable) or "no kernel spills without a reason")
+    print("\n".join(inexcusable) or "no kernel spills without a reason, and all can be launched")
     sys.exit(bool(options.check and inexcusable))
 
 

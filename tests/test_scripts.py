@@ -81,6 +81,26 @@ def test_warps_that_fit(kernel_table, arch, registers, shared, threads, warps):
     assert kernel.warps == warps
 
 
+@pytest.mark.parametrize(
+    ("registers", "shared", "threads", "reason"),
+    [
+        (64, 0, 1024, ""),
+        (65, 0, 1024, "65 registers of 1024 threads"),  # 72, as a warp has them
+        (72, 0, 896, ""),
+        (80, 0, 768, ""),
+        (81, 0, 768, "81 registers of 768 threads"),  # 88: room for 23 warps, and so for 20
+        (255, 48 << 10, 256, ""),
+        (32, (48 << 10) + 1, 256, "49153 bytes of static shared memory"),
+    ],
+)
+@pytest.mark.parametrize("arch", ["sm_80", "sm_75", "sm_120"])
+def test_a_kernel_that_cannot_be_launched_is_reported(kernel_table, arch, registers, shared, threads, reason):
+    kernel = kernel_table.Kernel("k", arch, registers, shared, 0, 0, 0, threads, 100)
+    assert kernel.too_large.startswith(reason) and bool(kernel.too_large) == bool(reason)
+    inexcusable = kernel_table.table({Path("a.cu"): [kernel]}, "13.0")[1]
+    assert inexcusable == ([f"a.cu: k on {arch}: {kernel.too_large}"] if reason else [])
+
+
 def test_a_spill_needs_a_reason(kernel_table, monkeypatch):
     files = {Path("a.cu"): [x._replace(threads=256, instructions=9) for x in kernel_table.parse(PTXAS, "sm_80")]}
     monkeypatch.setattr(kernel_table, "SPILLS", {})

@@ -6,6 +6,7 @@ which takes every CUDA thread for a thread. They are kept in build/simt, or in F
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,7 @@ SEEDS = 200 if FULL else 20
 MUTANT_SEEDS = 100 if FULL else 20
 SANITIZERS = {"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "halt_on_error=1", "UBSAN_OPTIONS": "halt_on_error=1"}
 
-# What the harness must say of the kernels of tests/simt/broken.cpp, and which build says it.
+# What the harness must say of the kernels and calls of tests/simt/broken.cpp, and which builds say it.
 BROKEN = {
     "missing_barrier": ("tsan", "data race"),
     "shuffle_as_fence": ("tsan", "data race"),
@@ -36,8 +37,23 @@ BROKEN = {
     "endless_spin": ("plain", "a million switches at atomics"),
     "write_beyond_array": ("asan", "heap-buffer-overflow"),
     "write_beyond_shared": ("asan", "use-after-poison"),
-    "misaligned_pack": ("asan", "misaligned address"),
-    "no_blocks": ("plain", "returned 9"),  # cudaErrorInvalidConfiguration
+    "misaligned_pack": ("plain asan tsan", "misaligned address"),
+    "misaligned_copy": ("plain asan tsan", "misaligned address"),
+    "static_shared": ("plain", "static shared memory, more than 48 KiB"),
+    "shared_beyond_launch": ("plain", "takes 101 bytes of dynamic shared memory, its launch gave 100"),
+    "shared_beyond_device": ("plain", "more than the device has"),
+    "shared_beyond_what_is_known": ("plain", "returned -2"),  # allow_shared says no
+    "shared_not_allowed": ("plain", "returned 1$"),  # cudaErrorInvalidValue
+    "no_blocks": ("plain", "returned 9$"),  # cudaErrorInvalidConfiguration
+    "many_threads": ("plain", "returned 9$"),
+    "large_grid": ("plain", "returned 9$"),
+    "capture_synchronises_stream": ("plain", "returned 900"),  # cudaErrorStreamCaptureUnsupported
+    "capture_synchronises_device": ("plain", "returned 900"),
+    "capture_makes_stream": ("plain", "returned 900"),
+    "capture_makes_event": ("plain", "returned 900"),
+    "capture_unjoined": ("plain", "returned 904"),  # cudaErrorStreamCaptureUnjoined
+    "capture_unjoined_again": ("plain", "returned 904"),
+    "capture_waits_for_others": ("plain", "returned 905"),  # cudaErrorStreamCaptureIsolation
 }
 
 
@@ -133,7 +149,7 @@ def test_thread_sanitizer(programs):
     run_each(programs["tsan"], "check", 10 if FULL else 2, cases(programs, small=True))
 
 
-@pytest.mark.parametrize("name", ["right_barrier", "right_fence"])
+@pytest.mark.parametrize("name", ["right_barrier", "right_fence", "right_shared", "right_capture"])
 def test_right_kernels_pass(programs, name):
     for program in programs.values():
         code, output = run(program, "broken", name)
@@ -142,10 +158,11 @@ def test_right_kernels_pass(programs, name):
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_kernels_are_reported(programs, name):
-    build, words = BROKEN[name]
-    code, output = run(programs[build], "broken", name)
-    assert any(word in output for word in words.split("|")), output
-    assert code != 0 or name == "no_blocks", output
+    builds, words = BROKEN[name]
+    for build in builds.split():
+        code, output = run(programs[build], "broken", name)
+        assert re.search(words, output, re.MULTILINE), output
+        assert code != 0 or "returned" in words, output
 
 
 def mutation_scores(programs, build, seeds):

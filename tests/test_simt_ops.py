@@ -28,8 +28,11 @@ RUNS = {
     "test_memory_cuts.py": "half or (streams and (drop-dot or carry-idw)) or give_the_bits_of_a_stream",
     "test_layers.py": "(composition and output_and_loss) or option or stream or learned or read_passes or frozen",
     "test_gpu.py": "not agree or float32 or default",
+    "test_large_shapes.py": "h1k8-idw or h2k32",
 }
-# The same under AddressSanitizer and UndefinedBehaviorSanitizer: sizes of buffers are the wrappers' business.
+# With the launches of a GPU: work that is large there, one head and two, 8 reads and 32.
+LAUNCHED = "h1k8-idw or h2k8-idw-keys or h1k32-idw or h2k32-dot-keys"
+# Under AddressSanitizer and UndefinedBehaviorSanitizer: sizes of buffers are the wrappers' business.
 SANITIZED = {
     "test_value_gather.py": "",
     "test_product_key_topk.py": "not exact",
@@ -94,11 +97,31 @@ def test_every_cuda_operator_is_in_the_library():
 def test_every_wait_between_streams_is_there_and_needed():
     # What is freed or new holds rubbish, and not what the same call has left there.
     words = python(built("simt_ops"), ROOT / "tests" / "simt" / "streams.py", MALLOC_PERTURB_="85")
-    assert words.count("needs its waits") == 3
+    assert words.count("needs its waits") == 3 and words.count("may fail at any of") == 3
+
+
+def test_operators_can_be_captured():
+    words = python(built("simt_ops"), ROOT / "tests" / "simt" / "capture.py")
+    assert words.count("can be captured") == 2 and words.count("cannot be captured is noticed") == 1
+
+
+def test_every_device_has_room_for_the_largest_shapes():
+    assert python(built("simt_ops"), ROOT / "tests" / "simt" / "limits.py").count("the same bits on every device") == 10
 
 
 def test_no_kernel_passes_over_the_memory():
     assert python(built("simt_traffic"), ROOT / "tests" / "simt" / "traffic.py").count("bytes of a memory") == 3
+
+
+@pytest.mark.full
+def test_large_work_with_the_launches_of_a_gpu():
+    run(built("simt_launched"), "test_large_shapes.py", LAUNCHED)
+
+
+@pytest.mark.full
+def test_every_device_has_room_for_the_launches_of_a_gpu():
+    words = python(built("simt_launched"), ROOT / "tests" / "simt" / "limits.py")
+    assert words.count("the same bits on every device") == 10
 
 
 @pytest.mark.full

@@ -66,6 +66,19 @@ __global__ void misaligned_pack(int* out) {
   const Pack<float> pack = *p;
   out[0] = int(pack.v[0]);
 }
+__global__ void misaligned_copy(int* out) {
+  SIMT_SHARED(x, Pack<int>);
+  simt::copy16_async(&x, out + 1);
+}
+__global__ void static_shared(int* out) {
+  SIMT_SHARED(x, char[(48 << 10) + 1]);
+  out[0] = x[0];
+}
+__global__ void dynamic_shared(int* out, int bytes) {
+  SIMT_SHARED(y, int[64]);
+  SIMT_DYNAMIC_ARRAY(x, bytes, char);
+  out[0] = x[0] + y[0];
+}
 __global__ void two_blocks_add(int* out) {
   if (threadIdx.x == 0) out[0] += 1;
 }
@@ -77,6 +90,44 @@ __global__ void last_block(int* part, unsigned* ticket, int* out, bool fence) {
   const bool last = atomicAdd(ticket, 1u) == gridDim.x - 1;
   if (fence) __threadfence();
   for (unsigned i = 0; last && i < gridDim.x; ++i) *out += part[i];
+}
+
+// Launches with so much dynamic shared memory.
+int launch_dynamic(int* out, int given, int taken) {
+  return simt::launch_with_shared(size_t(given), dynamic_shared, 1, 1, nullptr, out, taken);
+}
+
+// What ends a capture in which two streams work, one beside the other; or the first error.
+int capture(const std::string& mistake) {
+  cudaStream_t side, other;
+  cudaEvent_t begin, end;
+  for (cudaStream_t* s : {&side, &other}) cudaStreamCreateWithPriority(s, 0, 0);
+  for (cudaEvent_t* e : {&begin, &end}) cudaEventCreateWithFlags(e, 0);
+  int error = cudaStreamBeginCapture(nullptr, cudaStreamCaptureModeGlobal);
+  const auto check = [&](int result) { error = error ? error : result; };
+  const auto wait = [&](cudaStream_t behind, cudaEvent_t event, cudaStream_t ahead) {
+    check(cudaEventRecord(event, ahead));
+    check(cudaStreamWaitEvent(behind, event, 0));
+  };
+  wait(side, begin, mistake == "capture_waits_for_others" ? other : nullptr);
+  if (mistake == "capture_waits_for_others") wait(nullptr, end, other);
+  if (mistake == "capture_synchronises_stream") check(cudaStreamSynchronize(side));
+  if (mistake == "capture_synchronises_device") check(cudaDeviceSynchronize());
+  if (mistake == "capture_makes_stream") check(cudaStreamCreateWithPriority(&other, 0, 0));
+  if (mistake == "capture_makes_event") check(cudaEventCreateWithFlags(&begin, 0));
+  if (mistake == "right_capture") {
+    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+    cudaThreadExchangeStreamCaptureMode(&mode);
+    check(cudaStreamCreateWithPriority(&other, 0, 0));
+    cudaThreadExchangeStreamCaptureMode(&mode);
+  }
+  int to = 0;
+  if (mistake != "capture_unjoined") wait(nullptr, end, side);
+  if (mistake == "capture_unjoined_again") check(cudaMemcpyAsync(&to, &error, 4, cudaMemcpyDefault, side));
+  const int ended = cudaStreamEndCapture(nullptr, nullptr);
+  if (error && ended != cudaErrorStreamCaptureInvalidated) return -1;
+  check(ended);
+  return error;
 }
 
 }  // namespace
@@ -98,6 +149,21 @@ int run_broken(const std::string& name) {
   if (name == "write_beyond_array") return simt::launch(write_beyond_array, 1, 64, nullptr, p);
   if (name == "write_beyond_shared") return simt::launch(write_beyond_shared, 1, 64, nullptr, p);
   if (name == "misaligned_pack") return simt::launch(misaligned_pack, 1, 1, nullptr, p);
+  if (name == "misaligned_copy") return simt::launch(misaligned_copy, 1, 1, nullptr, p);
+  if (name == "static_shared") return simt::launch(static_shared, 1, 1, nullptr, p);
+  if (name == "right_shared")
+    return simt::allow_shared(dynamic_shared, 226 << 10) ? launch_dynamic(p, 226 << 10, 226 << 10) : -1;
+  if (name == "shared_beyond_launch") return launch_dynamic(p, 100, 101);
+  if (name == "shared_beyond_device")
+    return simt::allow_shared(dynamic_shared, 227 << 10) ? launch_dynamic(p, 227 << 10, 100) : -1;
+  if (name == "shared_beyond_what_is_known") {
+    const int first = launch_dynamic(p, 100, 100);
+    return first ? first : simt::allow_shared(dynamic_shared, 227 << 10) ? 0 : -2;
+  }
+  if (name == "shared_not_allowed") return launch_dynamic(p, (48 << 10) + 1, 100);
+  if (name == "many_threads") return simt::launch(two_blocks_add, 1, 1025, nullptr, p);
+  if (name == "large_grid") return simt::launch(two_blocks_add, 1u << 31, 1, nullptr, p);
+  if (name.find("capture") != std::string::npos) return capture(name);
   if (name == "two_blocks_add") return simt::launch(two_blocks_add, 2, 64, nullptr, p);
   if (name == "missing_fence")
     return simt::launch(last_block, 4, 32, nullptr, p, reinterpret_cast<unsigned*>(p + 10), p + 20, false);

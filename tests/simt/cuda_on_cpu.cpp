@@ -11,6 +11,7 @@
 #include <map>
 #include <memory>
 #include <stdexcept>
+#include <string_view>
 
 extern "C" {
 void __sanitizer_start_switch_fiber(void** save, const void* bottom, size_t size);
@@ -65,7 +66,8 @@ namespace simt::detail {
 namespace {
 
 constexpr int kReturnWord = 6, kFrameWords = 8;  // one spare word keeps the ABI's stack alignment
-constexpr size_t kSharedBytes = 227 << 10, kPage = 4096, kStack = 128 << 10;
+constexpr size_t kSharedBytes = 256 << 10, kPage = 4096, kStack = 128 << 10;  // shared memory: with gaps
+constexpr size_t kSharedUnasked = 48 << 10;  // of a block, where the kernel has not opted in to more
 constexpr const char* kNames[] = {"__syncwarp",      "__shfl_sync",   "__shfl_up_sync",   "__shfl_down_sync",
                                   "__shfl_xor_sync", "__ballot_sync", "__match_any_sync", "multiply_tf32"};
 
@@ -117,6 +119,18 @@ struct Block {
   std::map<const void*, void*> shared;
 };
 
+// The shared memory of a kernel. Static: as far as it has been reached, by variable.
+struct KernelShared {
+  std::map<const void*, size_t> variables;
+  size_t allowed = 0;  // dynamic, by allow_shared
+  size_t fixed() const {
+    size_t sum = 0;
+    for (const auto& [key, size] : variables) sum += size;
+    return sum;
+  }
+  size_t most_dynamic() const { return std::max(allowed, kSharedUnasked - std::min(kSharedUnasked, fixed())); }
+};
+
 uint64_t rng;
 double run_ahead;  // how strongly this schedule lets one warp run ahead of the others
 size_t idle;       // switches at atomics since something else happened
@@ -125,6 +139,8 @@ Fiber host, *self;
 const std::function<void()>* body;
 std::string failure;
 std::vector<char*> free_stacks, free_memories;
+std::map<const void*, KernelShared> kernels_shared;
+size_t dynamic_shared;  // of the launch under way
 std::vector<std::pair<char*, size_t>> unmap_later;
 [[maybe_unused]] char launch_begin, launch_end, fence_sync;
 const void* host_bottom;
@@ -470,18 +486,54 @@ bool take_copy(size_t open, void** to, const void** from) {
 }
 
 // Slices of exact size between poisoned gaps.
-void* shared(const void* key, size_t size, size_t align) {
+void* shared(const void* key, size_t size, size_t align, bool dynamic) {
   Inside inside;
   Block& b = *self->block;
   void*& p = b.shared[key];
   if (!p) {
+    const auto bytes = [](size_t n) { return std::to_string(n) + " bytes of "; };
+    KernelShared& kernel = kernels_shared[running.kernel];
+    if (!dynamic) kernel.variables[key] = size;
+    const size_t fixed = kernel.fixed();
+    if (dynamic && size > dynamic_shared)
+      fail(name(*self) + " takes " + bytes(size) + "dynamic shared memory, its launch gave " +
+           std::to_string(dynamic_shared));
+    if (fixed > kSharedUnasked) fail(name(*self) + ": " + bytes(fixed) + "static shared memory, more than 48 KiB");
+    if (fixed + dynamic_shared > options.shared_of_block)
+      fail(name(*self) + ": " + bytes(fixed) + "static and " + bytes(dynamic_shared) +
+           "dynamic shared memory, more than the device has");
     const size_t at = (b.used + 63 + align) / align * align;
-    if (at + size > kSharedBytes) fail(name(*self) + ": the block needs more than 227 KiB of shared memory");
+    if (at + size > kSharedBytes) fail(name(*self) + ": no room for the shared memory of the block");
     p = b.memory + at;
     b.used = at + size;
     ASAN(__asan_unpoison_memory_region(p, size));
   }
   return p;
+}
+
+// As kernels/simt.cuh has it. What a kernel has of static shared memory is not known before it has run: `shared` fails
+// when an answer given before that was wrong.
+bool allow_shared(const void* kernel, size_t bytes) {
+  KernelShared& now = kernels_shared[kernel];
+  if (bytes <= now.most_dynamic()) return true;
+  const size_t fixed = now.fixed();
+  if (fixed + bytes > options.shared_of_block) {
+    ++shared_refused;
+    return false;
+  }
+  now.allowed = options.shared_of_block - fixed;
+  return true;
+}
+
+// A GPU ends with an error at an address that is not a multiple of the access' size; this processor does not mind.
+[[noreturn]] static void misaligned(const char* what, Site at, uintptr_t address) {
+  Inside inside;
+  fail(std::string(what) + " at " + at.str() + ": misaligned address, " + std::to_string(address % 16) +
+       " after a multiple of 16, in " + name(*self));
+}
+void require_aligned(const void* p, size_t bytes, const char* what, Site at) {
+  const auto address = reinterpret_cast<uintptr_t>(p);
+  if (address % bytes) misaligned(what, at, address);
 }
 
 void preempt() {
@@ -509,10 +561,12 @@ bool in_global_memory(const void* p) {
          !within(__ehdr_start, _end);
 }
 
-cudaError_t run(dim3 g, dim3 t, const void* kernel, const std::function<void()>& call) {
+cudaError_t run(dim3 g, dim3 t, size_t dynamic, const void* kernel, const std::function<void()>& call) {
   const size_t blocks = size_t(g.x) * g.y * g.z, threads = size_t(t.x) * t.y * t.z;
   if (!blocks || !threads || threads > 1024 || t.z > 64 || g.x > 0x7fffffffu || g.y > 65535 || g.z > 65535)
     return cudaErrorInvalidConfiguration;
+  if (dynamic > kernels_shared[kernel].most_dynamic()) return cudaErrorInvalidValue;
+  dynamic_shared = dynamic;
   rng = options.seed;
   run_ahead = std::array{0.0, 0.5, 0.9, 0.99}[options.seed % 4];
   gridDim = g;
@@ -563,10 +617,36 @@ cudaError_t run(dim3 g, dim3 t, const void* kernel, const std::function<void()>&
 
 }  // namespace simt::detail
 
+#ifndef SIMT_ASAN
+// What -fsanitize=alignment calls; elsewhere its own library is linked.
+struct TypeMismatch {
+  struct {
+    const char* file;
+    uint32_t line, column;
+  } at;
+  const struct {
+    uint16_t kind, info;
+    char name[];
+  }* type;
+};
+extern "C" void __ubsan_handle_type_mismatch_v1_abort(const TypeMismatch* what, uintptr_t address) {
+  const simt::Site at{what->at.file, int(what->at.line)};
+  if (!simt::detail::self || !simt::detail::self->block) {
+    std::fprintf(stderr, "%s: misaligned address for %s\n", at.str().c_str(), what->type->name);
+    std::abort();
+  }
+  simt::detail::misaligned(what->type->name, at, address);
+}
+#endif
+
 // ------------------------------------------------------------------------------------------------------------ streams
+using Seen = std::map<const CUstream_st*, size_t>;  // so much of the work of each stream
+
 struct CUstream_st {
   std::deque<std::function<cudaError_t()>> work;  // not yet done
   size_t done = 0, given = 0;
+  bool captured = false;
+  Seen seen;  // in a capture: its own work, and what that comes after
   void run(size_t until) {
     while (done < until) {
       const auto next = std::move(work.front());
@@ -580,6 +660,8 @@ struct CUstream_st {
 struct CUevent_st {
   CUstream_st* stream = nullptr;
   size_t position = 0;
+  int capture = 0;  // in which it was recorded; 0: in none
+  Seen seen;
 };
 
 namespace simt::detail {
@@ -589,51 +671,133 @@ CUstream_st stream_0;
 std::vector<std::unique_ptr<CUstream_st>> made;
 std::vector<std::unique_ptr<CUevent_st>> events;
 CUstream_st& known(cudaStream_t stream) { return stream ? *stream : stream_0; }
-}  // namespace
 
-cudaError_t submit(cudaStream_t stream, std::function<cudaError_t()> work) {
-  if (!apart) return work();
-  CUstream_st& s = known(stream);
+struct Capture {
+  int number = 0;
+  bool open = false;
+  cudaError_t error = cudaSuccess;  // the first
+} capture;
+thread_local cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;
+
+cudaError_t refuse(cudaError_t error) {
+  if (capture.error != cudaSuccess) return cudaErrorStreamCaptureInvalidated;
+  return capture.error = error;
+}
+
+// Of every call that gives work to a stream.
+cudaError_t note_in_capture(CUstream_st& s) {
+  if (!s.captured) return cudaSuccess;
+  if (capture.error != cudaSuccess) return cudaErrorStreamCaptureInvalidated;
+  ++s.seen[&s];
+  return cudaSuccess;
+}
+
+void give(CUstream_st& s, std::function<cudaError_t()> work) {
   s.work.push_back(std::move(work));
   ++s.given;
-  if ((stream != nullptr) == options.side_first) s.run(s.given);
+  if ((&s != &stream_0) == options.side_first) s.run(s.given);
+}
+}  // namespace
+
+cudaError_t unsafe_in_capture() {
+  const bool refused = capture.open && capture_mode != cudaStreamCaptureModeRelaxed;
+  return refused ? refuse(cudaErrorStreamCaptureUnsupported) : cudaSuccess;
+}
+
+cudaError_t submit(cudaStream_t stream, std::function<cudaError_t()> work) {
+  CUstream_st& s = known(stream);
+  if (const cudaError_t error = note_in_capture(s); error != cudaSuccess) return error;
+  if (!apart) return work();
+  give(s, std::move(work));
   return cudaSuccess;
+}
+
+cudaError_t submit_launch(cudaStream_t stream, std::function<cudaError_t()> work) {
+  if (launches_seen++ == options.fail_launch) return cudaErrorLaunchOutOfResources;
+  return submit(stream, std::move(work));
 }
 
 }  // namespace simt::detail
 
+using simt::detail::capture;
+
+const char* cudaGetErrorString(cudaError_t error) {
+  switch (error) {
+    case cudaSuccess:
+      return "no error";
+    case cudaErrorInvalidValue:
+      return "invalid argument";
+    case cudaErrorInvalidConfiguration:
+      return "invalid configuration";
+    case cudaErrorLaunchOutOfResources:
+      return "too many resources requested for launch";
+    case cudaErrorStreamCaptureUnsupported:
+      return "operation not permitted when stream is capturing";
+    case cudaErrorStreamCaptureInvalidated:
+      return "operation failed due to a previous error during capture";
+    case cudaErrorStreamCaptureUnjoined:
+      return "capturing stream has unjoined work";
+    case cudaErrorStreamCaptureIsolation:
+      return "dependency created on uncaptured work in another stream";
+    case cudaErrorCapturedEvent:
+      return "operation not permitted on an event last recorded in a capturing stream";
+    default:
+      return "error";
+  }
+}
+
 cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned, int) {
   simt::detail::made.push_back(std::make_unique<CUstream_st>());
   *stream = simt::detail::made.back().get();
-  return cudaSuccess;
+  return simt::detail::unsafe_in_capture();
 }
 
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
   simt::detail::events.push_back(std::make_unique<CUevent_st>());
   *event = simt::detail::events.back().get();
-  return cudaSuccess;
+  return simt::detail::unsafe_in_capture();
 }
 
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
-  event->stream = &simt::detail::known(stream);
-  event->position = event->stream->given;
+  CUstream_st& s = simt::detail::known(stream);
+  *event = {.stream = &s, .position = s.given, .capture = s.captured ? capture.number : 0, .seen = s.seen};
   return cudaSuccess;
 }
 
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
-  simt::detail::apart = true;
-  if (simt::waits_seen++ == simt::options.skip_wait) return cudaSuccess;
-  return simt::detail::submit(stream, [event = *event] {
+  using namespace simt;
+  CUstream_st& s = detail::known(stream);
+  const int number = waits_seen++ - options.skip_wait;
+  const bool skipped = options.skip_wait >= 0 && number >= 0 && number < options.skip_waits;
+  detail::apart = true;
+  if (skipped) return cudaSuccess;
+  const bool captured_now = capture.open && event->capture == capture.number;
+  if (event->capture && !captured_now) return cudaErrorCapturedEvent;
+  if (s.captured && !captured_now) return detail::refuse(cudaErrorStreamCaptureIsolation);
+  if (captured_now) {
+    s.captured = true;
+    for (const auto& [other, count] : event->seen) s.seen[other] = std::max(s.seen[other], count);
+    if (const cudaError_t error = detail::note_in_capture(s); error != cudaSuccess) return error;
+  }
+  detail::give(s, [event = *event] {
     event.stream->run(event.position);
     return cudaSuccess;
   });
+  return cudaSuccess;
 }
 
-cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+cudaError_t cudaStreamSynchronize(cudaStream_t stream, const char* file, int) {
   CUstream_st& s = simt::detail::known(stream);
+  // Of side_stream.cu, on the CPU alone: memory here is not freed in the order of a stream.
+  const bool before_memory_is_freed = std::string_view(file).ends_with("side_stream.cu");
+  if (capture.open && !before_memory_is_freed) {
+    if (s.captured) return simt::detail::refuse(cudaErrorStreamCaptureUnsupported);
+    if (const cudaError_t error = simt::detail::unsafe_in_capture(); error != cudaSuccess) return error;
+  }
   s.run(s.given);
   simt::detail::apart = false;
   for (const auto& other : simt::detail::made) {
+    simt::left_behind += int(other->given - other->done);
     other->work.clear();
     other->done = other->given;
   }
@@ -641,9 +805,76 @@ cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
   return cudaSuccess;
 }
 
-// For the tests of the operators: sets Options of streams; returns how many waits there were since the last call.
-extern "C" __attribute__((visibility("default"))) int simt_streams(bool side_first, int skip_wait) {
+cudaError_t cudaDeviceSynchronize() {
+  return capture.open ? simt::detail::refuse(cudaErrorStreamCaptureUnsupported) : cudaSuccess;
+}
+
+cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
+  std::swap(*mode, simt::detail::capture_mode);
+  return cudaSuccess;
+}
+
+cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
+  if (capture.open) return cudaErrorIllegalState;
+  capture = {capture.number + 1, true, cudaSuccess};
+  simt::detail::known(stream).captured = true;
+  return cudaSuccess;
+}
+
+// The mode is always cudaStreamCaptureModeGlobal, and `graph` stays as it is.
+cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t*) {
+  if (!capture.open) return cudaErrorIllegalState;
+  const Seen joined = simt::detail::known(stream).seen;
+  bool all = true;
+  const auto leave = [&](CUstream_st& s) {
+    const auto found = joined.find(&s);
+    const size_t own = s.seen[&s];
+    all &= own == 0 || (found != joined.end() && found->second == own);
+    s.captured = false;
+    s.seen.clear();
+  };
+  leave(simt::detail::stream_0);
+  for (const auto& other : simt::detail::made) leave(*other);
+  capture.open = false;
+  if (capture.error != cudaSuccess) return cudaErrorStreamCaptureInvalidated;
+  return all ? cudaSuccess : cudaErrorStreamCaptureUnjoined;
+}
+
+// ---------------------------------------------------------------------------------- for the tests of the operators
+#define SIMT_FOR_TESTS extern "C" __attribute__((visibility("default")))
+
+// Sets Options of streams; returns how many waits there were since the last call.
+SIMT_FOR_TESTS int simt_streams(bool side_first, int skip_wait) {
   simt::options.side_first = side_first;
   simt::options.skip_wait = skip_wait;
   return std::exchange(simt::waits_seen, 0);
+}
+SIMT_FOR_TESTS void simt_skip_waits(int count) { simt::options.skip_waits = count; }
+
+// Refuses a launch; returns how many there were since the last call.
+SIMT_FOR_TESTS int simt_fail_launch(int number) {
+  simt::options.fail_launch = number;
+  return std::exchange(simt::launches_seen, 0);
+}
+
+// What nobody has waited for since the last call.
+SIMT_FOR_TESTS int simt_left_behind() { return std::exchange(simt::left_behind, 0); }
+
+// A copy that the current stream is given before the operators' work, and does no sooner than it must.
+SIMT_FOR_TESTS void simt_late_copy(void* to, const void* from, size_t size) {
+  simt::detail::apart = true;
+  cudaMemcpyAsync(to, from, size, cudaMemcpyDefault, nullptr);
+}
+
+// Another device; returns how often the one before had too little shared memory.
+SIMT_FOR_TESTS int simt_shared_of_block(int kib) {
+  simt::options.shared_of_block = size_t(kib) << 10;
+  for (auto& [kernel, shared] : simt::detail::kernels_shared) shared.allowed = 0;
+  return std::exchange(simt::shared_refused, 0);
+}
+
+// Begins or ends a capture of the current stream; the error as a word.
+SIMT_FOR_TESTS const char* simt_capture(bool begin) {
+  return cudaGetErrorString(begin ? cudaStreamBeginCapture(nullptr, cudaStreamCaptureModeGlobal)
+                                  : cudaStreamEndCapture(nullptr, nullptr));
 }

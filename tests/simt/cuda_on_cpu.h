@@ -52,15 +52,21 @@ struct Site {
 
 struct Options {
   uint64_t seed = 0;
-  int resident = 2;         // blocks in flight at once
-  double preempt = 0.25;    // chance of a switch at an atomic or a fence
-  Site skip;                // the barrier here does nothing: for mutation tests
-  int skip_wait = -1;       // neither does this wait of a stream for another, counted from 0 as they come
-  bool side_first = false;  // of two streams, the made one runs first wherever it may; else stream 0
+  int resident = 2;                    // blocks in flight at once
+  double preempt = 0.25;               // chance of a switch at an atomic or a fence
+  Site skip;                           // the barrier here does nothing: for mutation tests
+  int skip_wait = -1;                  // neither does this wait of a stream for another, counted from 0 as they come
+  int skip_waits = 1;                  // nor those that follow, so many in all
+  int fail_launch = -1;                // this launch is refused, counted from 0 as they come
+  bool side_first = false;             // of two streams, the made one runs first wherever it may; else stream 0
+  size_t shared_of_block = 227 << 10;  // what the device lets a kernel opt in to
 };
 inline Options options;
 inline std::vector<Site> barriers_seen;  // every __syncthreads and __syncwarp that was reached
 inline int waits_seen = 0;               // of streams for other streams
+inline int launches_seen = 0;
+inline int left_behind = 0;     // of what a stream was given, and nobody has waited for when stream 0 was synchronised
+inline int shared_refused = 0;  // more shared memory than the device has
 
 namespace detail {
 
@@ -79,12 +85,15 @@ struct Launch {
 };
 inline Launch running;
 
-cudaError_t run(dim3 grid, dim3 block, const void* kernel, const std::function<void()>& body);
+cudaError_t run(dim3 grid, dim3 block, size_t dynamic_shared, const void* kernel, const std::function<void()>& body);
 bool in_global_memory(const void* p);
 cudaError_t submit(cudaStream_t stream, std::function<cudaError_t()> work);
+cudaError_t submit_launch(cudaStream_t stream, std::function<cudaError_t()> work);
+bool allow_shared(const void* kernel, size_t bytes);
+void require_aligned(const void* p, size_t bytes, const char* what, Site at);
 void block_barrier(Site at);
 void warp_collective(Op op, unsigned mask, int argument, const void* in, void* out, size_t size, Site at);
-void* shared(const void* key, size_t size, size_t align);
+void* shared(const void* key, size_t size, size_t align, bool dynamic);
 void preempt();
 void fence();
 void copy_async(void* to, const void* from);
@@ -118,29 +127,32 @@ __attribute__((no_sanitize("thread"))) void call(Kernel* kernel, const Tuple& pa
 }  // namespace detail
 
 template <typename... Parameters, typename... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, cudaStream_t stream,
-                   Arguments&&... arguments) {
+cudaError_t launch_with_shared(size_t shared, void (*kernel)(Parameters...), dim3 grid, dim3 block, cudaStream_t stream,
+                               Arguments&&... arguments) {
   std::tuple<Parameters...> parameters{static_cast<Parameters>(std::forward<Arguments>(arguments))...};
-  return detail::submit(stream, [=] {
-    return detail::run(grid, block, reinterpret_cast<const void*>(kernel), [&] __attribute__((no_sanitize("thread"))) {
-      detail::call(kernel, parameters, std::index_sequence_for<Parameters...>());
-    });
+  return detail::submit_launch(stream, [=] {
+    return detail::run(grid, block, shared, reinterpret_cast<const void*>(kernel),
+                       [&] __attribute__((no_sanitize("thread"))) {
+                         detail::call(kernel, parameters, std::index_sequence_for<Parameters...>());
+                       });
   });
 }
 template <typename... Parameters, typename... Arguments>
-cudaError_t launch_with_shared(size_t, void (*kernel)(Parameters...), dim3 grid, dim3 block, cudaStream_t stream,
-                               Arguments&&... arguments) {
-  return launch(kernel, grid, block, stream, std::forward<Arguments>(arguments)...);
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, cudaStream_t stream,
+                   Arguments&&... arguments) {
+  return launch_with_shared(0, kernel, grid, block, stream, std::forward<Arguments>(arguments)...);
 }
 template <typename Kernel>
-bool allow_shared(Kernel*, size_t bytes) {
-  return bytes <= 227 << 10;
+bool allow_shared(Kernel* kernel, size_t bytes) {
+  return detail::allow_shared(reinterpret_cast<const void*>(kernel), bytes);
 }
 
 inline unsigned load_relaxed(const unsigned* p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
 
 // Copies happen when they are waited for, never before; from their beginning on there is garbage (NaN, -1).
-inline void copy16_async(void* to, const void* from) {
+inline void copy16_async(void* to, const void* from, SIMT_HERE) {
+  detail::require_aligned(to, 16, "copy16_async", {file, line});
+  detail::require_aligned(from, 16, "copy16_async", {file, line});
   std::memset(to, 0xFF, 16);
   detail::copy_async(to, from);
 }
@@ -161,6 +173,7 @@ inline void multiply_tf32(float (&sum)[4], const float (&a)[4], const float (&b)
 }
 
 inline void load_tiles(float (&x)[4], const float* row, SIMT_HERE) {
+  detail::require_aligned(row, 16, "load_tiles", {file, line});
   const int lane = int(threadIdx.x) % 32;
   for (int i = 0; i < 4; ++i) {
     const auto from =
@@ -170,7 +183,8 @@ inline void load_tiles(float (&x)[4], const float* row, SIMT_HERE) {
 }
 
 template <typename T>
-void store16(void* to, const T& from) {
+void store16(void* to, const T& from, SIMT_HERE) {
+  detail::require_aligned(to, 16, "store16", {file, line});
   *static_cast<T*>(to) = from;
 }
 
@@ -179,14 +193,17 @@ void store16(void* to, const T& from) {
 #define SIMT_SHARED(name, ...)                                      \
   static char name##_simt_key;                                      \
   auto& name = *static_cast<std::remove_reference_t<__VA_ARGS__>*>( \
-      ::simt::detail::shared(&name##_simt_key, sizeof(__VA_ARGS__), alignof(__VA_ARGS__)))
+      ::simt::detail::shared(&name##_simt_key, sizeof(__VA_ARGS__), alignof(__VA_ARGS__), false))
 
-#define SIMT_DYNAMIC_SHARED(name, ...) SIMT_SHARED(name, __VA_ARGS__)
+#define SIMT_DYNAMIC_SHARED(name, ...)                              \
+  static char name##_simt_key;                                      \
+  auto& name = *static_cast<std::remove_reference_t<__VA_ARGS__>*>( \
+      ::simt::detail::shared(&name##_simt_key, sizeof(__VA_ARGS__), 16, true))
 
 #define SIMT_DYNAMIC_ARRAY(name, count, ...) \
   static char name##_simt_key;               \
   auto* const name =                         \
-      static_cast<__VA_ARGS__*>(::simt::detail::shared(&name##_simt_key, sizeof(__VA_ARGS__) * (count), 16))
+      static_cast<__VA_ARGS__*>(::simt::detail::shared(&name##_simt_key, sizeof(__VA_ARGS__) * (count), 16, true))
 
 // ---- barriers and fences
 inline void __syncthreads(SIMT_HERE) { simt::detail::block_barrier({file, line}); }
@@ -255,9 +272,11 @@ T atomicExch(T* p, std::common_type_t<T> v) {
 // ---- the runtime, for the host code around the kernels. Everything is done when a call returns, until a stream waits
 // for another: from then on until cudaStreamSynchronize one of the two does nothing before somebody waits for it, by
 // turns (Options::side_first); and what nobody waits for is never done. So a wait that is missing gives wrong results.
-inline const char* cudaGetErrorString(cudaError_t error) {
-  return error == cudaSuccess ? "no error" : error == cudaErrorInvalidConfiguration ? "invalid configuration" : "error";
-}
+//
+// While a stream is captured nothing is recorded: work is done as ever. But calls are refused that CUDA refuses, and
+// make the capture invalid; so is a capture that ends before all of its streams have been joined. What is not declared
+// here (events and streams that are asked or waited for, memory) may not be used at all.
+const char* cudaGetErrorString(cudaError_t error);
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t size, cudaMemcpyKind, cudaStream_t stream) {
   return simt::detail::submit(stream, [=] {
@@ -267,23 +286,28 @@ inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t size, cuda
 }
 cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned flags, int priority);
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned flags);
-cudaError_t cudaStreamSynchronize(cudaStream_t stream);
+cudaError_t cudaStreamSynchronize(cudaStream_t stream, SIMT_HERE);
+cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode mode);
+cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph);
+cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode);
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned flags);
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream);
+cudaError_t cudaDeviceSynchronize();
 inline cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest) {
   *least = *greatest = 0;
   return cudaSuccess;
 }
-inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) { return cudaSuccess; }
-inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
 inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;
 }
+namespace simt::detail {
+cudaError_t unsafe_in_capture();
+}
 template <typename T>
-cudaError_t cudaGetSymbolAddress(void** address, T& symbol) {
+cudaError_t cudaGetSymbolAddress(void** address, T& symbol) {  // may load the library's code
   *address = &symbol;
-  return cudaSuccess;
+  return simt::detail::unsafe_in_capture();
 }
 
 // ---- bits
