@@ -162,17 +162,19 @@ def parts(out, kit, rehearsal=False):
         report = ["-c", "import fwpkm_cuda; print(fwpkm_cuda.__version__)"]  # that library has no report of a build
         ops += ["--cases", "score_topk"]
         profile = ["bench", "profile", "--report", ROOT / "bench" / "results" / "h200-profile.json"]
-    large, small = ("h1k8-idw or h2k32", "h1k8-idw") if not rehearsal else ("h1k8-idw", "h1k8-idw")
+    one = "h1k8-idw"  # of the large shapes
+    two = one if rehearsal else f"{one} or h2k32"
     counters = [ROOT / "scripts" / "gpu_counters.py", out / "counters.zip"]
     return {
         "smoke": [
             python("report", *report, limit=60, keep=True, first=True),
+            python("ceilings", "-m", "bench", "ops", *where, "--cases", "ceilings", limit=60, keep=True),
             pytest("operators", "tests/test_value_gather.py", "tests/test_product_key_topk.py",
                    "tests/test_chunk_scan.py", "-k", "the_reference", limit=100, **marker),
         ],
         "shapes": [pytest("large shapes", LARGE, limit=100, **marker)],
         "memcheck": [
-            sanitizer("memcheck", "large", LARGE, "-k", large, limit=120, **marker),
+            sanitizer("memcheck", "large", LARGE, "-k", two, limit=120, **marker),
             sanitizer("memcheck", "small", *SMALL, limit=120, **marker),
         ],
         "tests": [
@@ -184,10 +186,10 @@ def parts(out, kit, rehearsal=False):
             for x in compiling
         ],
         "racecheck": [
-            sanitizer("racecheck", "large", LARGE, "-k", small, limit=150, **marker),
+            sanitizer("racecheck", "large", LARGE, "-k", one, limit=150, **marker),
             sanitizer("racecheck", "small", *SMALL, limit=120, **marker),
         ],
-        "initcheck": [sanitizer("initcheck", "large", LARGE, "-k", small, limit=150, **marker)],
+        "initcheck": [sanitizer("initcheck", "large", LARGE, "-k", one, limit=150, **marker)],
         "bench": [
             python("ops", "-m", *ops, limit=400, keep=True),
             python("predictions", "-m", "bench", "compare", predictions, out / "bench.json", keep=True),

@@ -58,7 +58,7 @@ SideStream::SideStream(cudaStream_t current, bool apart) : current_(current), si
 SideStream::~SideStream() {
   wait(current_, side_, of_side_);
 #ifndef __CUDACC__
-  cudaStreamSynchronize(current_);  // the memory of the tests' stand-in is not freed in the order of a stream
+  simt::finish(current_);  // the memory of the tests' stand-in is not freed in the order of a stream
 #endif
 }
 

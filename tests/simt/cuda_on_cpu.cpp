@@ -11,7 +11,6 @@
 #include <map>
 #include <memory>
 #include <stdexcept>
-#include <string_view>
 
 extern "C" {
 void __sanitizer_start_switch_fiber(void** save, const void* bottom, size_t size);
@@ -786,14 +785,8 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned
   return cudaSuccess;
 }
 
-cudaError_t cudaStreamSynchronize(cudaStream_t stream, const char* file, int) {
+void simt::finish(cudaStream_t stream) {
   CUstream_st& s = simt::detail::known(stream);
-  // Of side_stream.cu, on the CPU alone: memory here is not freed in the order of a stream.
-  const bool before_memory_is_freed = std::string_view(file).ends_with("side_stream.cu");
-  if (capture.open && !before_memory_is_freed) {
-    if (s.captured) return simt::detail::refuse(cudaErrorStreamCaptureUnsupported);
-    if (const cudaError_t error = simt::detail::unsafe_in_capture(); error != cudaSuccess) return error;
-  }
   s.run(s.given);
   simt::detail::apart = false;
   for (const auto& other : simt::detail::made) {
@@ -802,6 +795,14 @@ cudaError_t cudaStreamSynchronize(cudaStream_t stream, const char* file, int) {
     other->done = other->given;
   }
   simt::options.side_first = !simt::options.side_first;
+}
+
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+  if (capture.open) {
+    if (simt::detail::known(stream).captured) return simt::detail::refuse(cudaErrorStreamCaptureUnsupported);
+    if (const cudaError_t error = simt::detail::unsafe_in_capture(); error != cudaSuccess) return error;
+  }
+  simt::finish(stream);
   return cudaSuccess;
 }
 

@@ -286,7 +286,12 @@ inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t size, cuda
 }
 cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned flags, int priority);
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned flags);
-cudaError_t cudaStreamSynchronize(cudaStream_t stream, SIMT_HERE);
+cudaError_t cudaStreamSynchronize(cudaStream_t stream);
+namespace simt {
+// All that a stream has been given, and what that waits for, is done. For memory here is freed when the host frees it,
+// and not in the order of a stream; no call of CUDA.
+void finish(cudaStream_t stream);
+}  // namespace simt
 cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode mode);
 cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph);
 cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode);
