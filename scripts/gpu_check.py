@@ -165,6 +165,7 @@ def parts(out, kit, rehearsal=False):
     one = "h1k8-idw"  # of the large shapes
     two = one if rehearsal else f"{one} or h2k32"
     counters = [ROOT / "scripts" / "gpu_counters.py", out / "counters.zip"]
+    variants = {x.stem: {"FWPKM_LIBRARY": str(x)} for x in sorted(kit.glob("variant-*.so"))}
     return {
         "smoke": [
             python("report", *report, limit=60, keep=True, first=True),
@@ -195,6 +196,15 @@ def parts(out, kit, rehearsal=False):
             python("predictions", "-m", "bench", "compare", predictions, out / "bench.json", keep=True),
         ],
         "profile": [python("kernels", "-m", *profile, limit=120, keep=True)],
+        "variants": [
+            step
+            for name, library in variants.items()
+            for step in (
+                pytest(f"{name}, large shapes", LARGE, limit=100, environment=library),
+                python(f"{name}, kernels", "-m", "bench", "profile", "--json", out / f"profile-{name}.json", limit=120,
+                       keep=True, environment=library),
+            )
+        ],
         "counters": [
             python(f"{case}, {kernels}", *counters, case, "--kernels", kernels, "--count", count, limit=120)
             for case, kernels, count in (

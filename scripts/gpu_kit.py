@@ -2,9 +2,11 @@
 """Gathers what a machine with a GPU and without a network needs, beside the source tree, in build/gpu-kit.
 
     scripts/gpu_kit.py [--arch 90a-real] [--release-dir FOLDER] [--wheel NAME==VERSION ...] [--python 3.12]
+                       [--variant twice=-DFWPKM_FILTER_THREADS=512 ...]
 
-The library for that GPU (it serves every Python, and every PyTorch from 2.11 on), the commit, and, where asked for, the
-released code and wheels of the benchmark's peers. scripts/gpu_check.py finds all of it there.
+The library for that GPU (it serves every Python, and every PyTorch from 2.11 on), the commit, and, where asked for,
+variants of the library with other definitions (kernels/tuning.cuh), the released code and wheels of the benchmark's
+peers. scripts/gpu_check.py finds all of it there.
 """
 
 import argparse
@@ -20,13 +22,13 @@ MOST_BYTES = 64 << 20  # with the tree: what is easily sent along
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 
 
-def build_library(arch):
-    folder = ROOT / "build" / f"gpu-{arch}"
+def build_library(arch, name=LIBRARY, flags=""):
+    folder = ROOT / "build" / f"gpu-{arch}{flags}"
     settings = [f"-DPython_EXECUTABLE={sys.executable}", "-DFWPKM_WITH_CUDA=ON", f"-DFWPKM_CUDA_ARCHS={arch}"]
-    settings += ["-DFWPKM_WITH_PYBIND=OFF"]
+    settings += ["-DFWPKM_WITH_PYBIND=OFF", f"-DCMAKE_CUDA_FLAGS={flags}"]
     subprocess.run(["cmake", "-S", ROOT, "-B", folder, "-GNinja", *settings], check=True)
     subprocess.run(["cmake", "--build", folder, "--parallel", str(os.cpu_count() or 1)], check=True)
-    subprocess.run(["strip", "-o", KIT / LIBRARY, folder / LIBRARY], check=True)
+    subprocess.run(["strip", "-o", KIT / name, folder / LIBRARY], check=True)
 
 
 def download(wheels, python):
@@ -45,11 +47,15 @@ def main():
     parser.add_argument("--arch", default="90a-real", help="as FWPKM_CUDA_ARCHS")
     parser.add_argument("--release-dir", type=Path, help="folder of the released FwPKM repository")
     parser.add_argument("--wheel", action="append", default=[], help="NAME==VERSION of a peer, without what it needs")
+    parser.add_argument("--variant", action="append", default=[], help="NAME=-DNAME=VALUE: one more library")
     parser.add_argument("--python", default="3.12", help="of the other machine, for wheels")
     options = parser.parse_args()
     shutil.rmtree(KIT, ignore_errors=True)
     KIT.mkdir(parents=True)
     build_library(options.arch)
+    for variant in options.variant:
+        name, _, flags = variant.partition("=")
+        build_library(options.arch, f"variant-{name}.so", flags)
     (KIT / "commit").write_text(answer(["git", "describe", "--always", "--dirty"]) + "\n")
     if options.release_dir:
         only_python = lambda folder, names: [x for x in names if not (Path(folder, x).is_dir() or x.endswith(".py"))]

@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import multiprocessing
+import os
 import traceback
 
 import pytest
@@ -181,7 +182,11 @@ def process(rank, folder):
         except Exception:
             result = traceback.format_exc()
         torch.save(result, folder / f"{work.__name__}{rank}")
+    distributed.barrier()
     distributed.destroy_process_group()
+    # Without PyTorch's own teardown: on a busy machine a thread of it was seen to outlive the process' statics, which is
+    # "terminate called without an active exception" after all work was done.
+    os._exit(0)
 
 
 @pytest.fixture(scope="module")

@@ -29,15 +29,17 @@ constexpr int64_t kMostFilterKeys = 1 << 16;  // sub-keys that 16 bits can numbe
 // tokens and every kWarps-th group of 8 sub-keys; a lane has kSets sets of sub-keys of each of its tokens.
 template <typename Size, int kTokens_, int kSets_, int kStages_>
 struct FilterTile {
-  static constexpr int kThreads = Size::kThreads, kWarps = kThreads / 32, kTokens = kTokens_, kSets = kSets_;
-  static constexpr int kBands = kTokens / 16, kGroups = 8, kKeys = kWarps * kGroups * 8;
+  static constexpr int kTokens = kTokens_, kSets = kSets_;
+  static constexpr int kThreads = kTokens == Size::kManyTokens ? Size::kManyThreads : Size::kThreads;
+  static constexpr int kWarps = kThreads / 32, kBands = kTokens / 16;
+  static constexpr int kGroups = 8 * Size::kThreads / kThreads, kKeys = kWarps * kGroups * 8;
   static constexpr int kQueryRows = (kTokens * 4 + kThreads - 1) / kThreads;   // of which a thread brings a part
   static constexpr int kNormRows = (kTokens + 8 * kWarps - 1) / (8 * kWarps);  // tokens of whose norm a lane has parts
   static constexpr int kAllSets = kWarps * 4 * kSets, kMostTopk = kAllSets / (kSets == 1 ? 4 : 2);
   static constexpr int kMostKept = kSets == 1 ? 48 : 80;  // sub-keys of a token
   // Slices of rows that are on their way at once: of all sub-keys, and of those that are kept. Strides: no two lanes in
   // one bank.
-  static constexpr int kStages = kStages_, kRowStages = kStages_ == 2 ? 2 : 4;
+  static constexpr int kStages = kStages_, kRowStages = kStages == 2 || kGroups < 8 ? 2 : 4;
   static constexpr int kColumns = 16, kStride = 16 + 4;
   static constexpr int kRowColumns = 32, kRowStride = 32 + 4;
   static_assert(kBands * kRedoTokens == kTokens && kGroups % kSets == 0);

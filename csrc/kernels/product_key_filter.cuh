@@ -122,7 +122,7 @@ __device__ __forceinline__ void write_lists(const FilterTask& task, int topk, fl
 // -------------------------------------------------------------------------------------------------------------- kernel
 // One block per tile of tokens, head and half. redo (rows.tiles(kRedoTokens), lists): 1 for what is left to `search`.
 template <typename Size, int kTokens, int kSets, int kStages, bool kIdw>
-__global__ void __launch_bounds__(Size::kThreads, kStages == 2 ? 2 : 1)
+__global__ void __launch_bounds__(FilterTile<Size, kTokens, kSets, kStages>::kThreads, kStages == 2 ? 2 : 1)
     filter(const float* __restrict__ query, TokenRows rows, const float* __restrict__ sub_keys, int64_t lists,
            int32_t num_sub_keys, int64_t width, int topk, float eps, FilterBounds bounds,
            int32_t* __restrict__ list_indices, float* __restrict__ list_scores, uint8_t* __restrict__ redo) {
@@ -176,7 +176,7 @@ bool launch_filter(const float* query, TokenRows rows, const float* sub_keys, in
     const auto kernel = filter<Size, tokens(), sets(), stages(), is_idw()>;
     if (topk > Tile::kMostTopk || !simt::allow_shared(kernel, sizeof(FilterStage<Tile>))) return false;
     const int64_t blocks = rows.tiles(tokens()) * lists;
-    *error = simt::launch_with_shared(sizeof(FilterStage<Tile>), kernel, blocks_for<Size>(blocks, 1), Size::kThreads,
+    *error = simt::launch_with_shared(sizeof(FilterStage<Tile>), kernel, blocks_for<Size>(blocks, 1), Tile::kThreads,
                                       stream, query, rows, sub_keys, lists, int32_t(num_sub_keys), width, int(topk),
                                       eps, FilterBounds(width), list_indices, list_scores, redo);
     return true;

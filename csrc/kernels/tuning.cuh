@@ -14,6 +14,9 @@ namespace fwpkm::kernels {
 #ifndef FWPKM_LEAST_SHARED_ELEMENTS
 #define FWPKM_LEAST_SHARED_ELEMENTS (1 << 23)  // and have less to do
 #endif
+#ifndef FWPKM_FILTER_THREADS
+#define FWPKM_FILTER_THREADS FWPKM_THREADS  // to be measured: twice as many, for the filter waits for latencies
+#endif
 #ifndef FWPKM_LEAST_READS_APART
 #define FWPKM_LEAST_READS_APART 1024
 #endif
@@ -42,8 +45,9 @@ struct OrderedListsSize : LaunchSize {
 // product_key_filter.cuh
 struct FilterSize : LaunchSize {
   static constexpr int kManyTokens = 64, kFewTokens = 16;  // of a block
-  static constexpr int kManyBlocks = 128;                  // fewer leave a large GPU without work
-  static constexpr int kLeastTokens = kThreads / 2;        // fewer are not worth it
+  static constexpr int kManyThreads = FWPKM_FILTER_THREADS;
+  static constexpr int kManyBlocks = 128;            // fewer leave a large GPU without work
+  static constexpr int kLeastTokens = kThreads / 2;  // fewer are not worth it
 };
 
 // product_key_search.cuh

@@ -334,6 +334,7 @@ using Normal = SearchSize;
 template <typename Base>
 struct NoFilter : Base {
   static constexpr int kManyTokens = 64, kFewTokens = 16, kManyBlocks = 0, kLeastTokens = 1 << 30;
+  static constexpr int kManyThreads = Base::kThreads;
 };
 struct Many : SearchSize {  // never the way of few tokens, nor the filter
   using Filter = NoFilter<LaunchSize>;
@@ -347,22 +348,25 @@ struct SmallMany : Small {
   using Filter = NoFilter<Small>;
   static constexpr int64_t kFewSimilarities = 0;
 };
-template <int kBlocks>
-struct Filtering : SearchSize {  // blocks of many tokens or of few
+template <int kBlocks, int kTimes = 1>
+struct Filtering : SearchSize {  // blocks of many tokens, with so many times the threads, or of few
   struct Filter : FilterSize {
-    static constexpr int kManyBlocks = kBlocks, kLeastTokens = 1;
+    static constexpr int kManyBlocks = kBlocks, kLeastTokens = 1, kManyThreads = kTimes * kThreads;
   };
 };
-template <int kBlocks>
+template <int kBlocks, int kTimes = 1>
 struct SmallFiltering : SmallMany {
   struct Filter : Small {
     static constexpr int kManyTokens = 32, kFewTokens = 16, kManyBlocks = kBlocks, kLeastTokens = 1;
+    static constexpr int kManyThreads = kTimes * kThreads;
   };
 };
 using FilterMany = Filtering<0>;
 using FilterFew = Filtering<1 << 30>;
+using FilterTwice = Filtering<0, 2>;
 using SmallFilterMany = SmallFiltering<0>;
 using SmallFilterFew = SmallFiltering<1 << 30>;
+using SmallFilterTwice = SmallFiltering<0, 2>;
 using Sort = OrderedListsSize;
 constexpr bool kIdw = true;
 
@@ -410,6 +414,18 @@ const Register kCases({
      [] { return make_search<FilterMany, float>({70, 1, 512, 40, 8, false, Numbers::kReal, 0, 0, 0, 0, true, 1}); }},
     {"filter_many_idw",
      [] { return make_search<FilterMany, float>({70, 1, 512, 36, 8, kIdw, Numbers::kReal, 0, 0, 0, 0, true, 1}); }},
+    {"filter_twice",
+     [] { return make_search<FilterTwice, float>({70, 1, 512, 40, 8, false, Numbers::kReal, 0, 0, 0, 0, true, 1}); }},
+    {"filter_twice_32_reads_idw",
+     [] { return make_search<FilterTwice, float>({40, 1, 300, 12, 32, kIdw, Numbers::kReal, 0, 0, 0, 0, true, 1}); }},
+    {"filter_twice_many_rounds",
+     [] {
+       return make_search<SmallFilterTwice, float>({40, 2, 300, 36, 8, false, Numbers::kReal, 0, 0, 0, 0, true, 1});
+     }},
+    {"filter_twice_batch_rows",
+     [] {
+       return make_search<SmallFilterTwice, float>({38, 2, 40, 12, 4, kIdw, Numbers::kReal, 0, 6, 11, 3, true, 1});
+     }},
     {"filter_few",
      [] { return make_search<FilterFew, float>({20, 2, 300, 20, 8, false, Numbers::kReal, 0, 0, 0, 0, true, 1}); }},
     {"filter_few_idw",
@@ -511,6 +527,10 @@ const Register kCases({
      [] { return make_search<SmallFew, float>({2, 1, 40, 4, 33, false, Numbers::kLargeSums}); }},
     {"small_filter_few",
      [] { return make_search<SmallFilterFew, float>({20, 1, 70, 36, 2, false, Numbers::kReal, 0, 0, 0, 0, true, 1}); }},
+    {"small_filter_twice",
+     [] {
+       return make_search<SmallFilterTwice, float>({35, 1, 150, 20, 4, kIdw, Numbers::kReal, 0, 0, 0, 0, true, 1});
+     }},
     {"small_filter_many",
      [] {
        return make_search<SmallFilterMany, float>({35, 1, 150, 20, 4, kIdw, Numbers::kReal, 0, 0, 0, 0, true, 1});
