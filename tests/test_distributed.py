@@ -184,8 +184,8 @@ def process(rank, folder):
         torch.save(result, folder / f"{work.__name__}{rank}")
     distributed.barrier()
     distributed.destroy_process_group()
-    # Without PyTorch's own teardown: on a busy machine a thread of it was seen to outlive the process' statics, which is
-    # "terminate called without an active exception" after all work was done.
+    # Without PyTorch's teardown: on a busy machine a thread of it was seen to outlive the statics of the process, which
+    # was "terminate called without an active exception" after all work was done.
     os._exit(0)
 
 
