@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck
 
-from fwpkm_cuda import FwMLP, MLPMemory
+from fwpkm_cuda import FwMLP, FwPKM, MLPMemory
 from fwpkm_cuda.fast_mlp import MLPScan, MLPWeights, mlp_loss, mlp_read, mlp_scan, mlp_write
 
 Q, V, N = 4, 3, 5
 WIDTH = 6
-SIZES = dict(query_dim=Q, value_dim=V, hidden_units=N, chunk_size=4)
+SIZES = dict(key_dim=Q, value_dim=V, hidden_units=N, chunk_size=4)
 REFUSED = (RuntimeError, ValueError, TypeError)
 
 
@@ -361,7 +361,7 @@ def layer_composed(p, hidden, weights, mask, gate, **options):
 
 @pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
 @pytest.mark.parametrize("gate", ["output", "output_and_loss", "none"])
-@pytest.mark.parametrize("options", [dict(), dict(lookahead=2, loss="mae", lookahead_target="last", weight_decay=0.1)])
+@pytest.mark.parametrize("options", [dict(), dict(lookahead=2, loss="mae", lookahead_target="mean", weight_decay=0.1)])
 def test_layer_is_its_composition(options, gate, masked):
     layer = fwmlp(gate=gate, **options)
     memory = layer.new_memory(seed=0, dtype=torch.float64)
@@ -369,7 +369,8 @@ def test_layer_is_its_composition(options, gate, masked):
     hidden = hidden_states().requires_grad_()
     y, details = layer(hidden, memory, mask, return_details=True)
     parameters = dict(layer.named_parameters())
-    expected, losses, after = layer_composed(parameters, hidden, weights, mask, gate, **options)
+    target = dict(lookahead_target="last") | options
+    expected, losses, after = layer_composed(parameters, hidden, weights, mask, gate, **target)
     torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-11)
     torch.testing.assert_close(details.losses, losses, rtol=1e-10, atol=1e-11)
     assert (details.gates is None) == (gate == "none")
@@ -423,10 +424,16 @@ def test_read_passes():
 
 def test_defaults_are_the_paper_s():
     layer = FwMLP(WIDTH, device="meta")
-    assert layer.sizes == dict(query_dim=512, value_dim=512, hidden_units=2304) and layer.gate == "output"
+    assert layer.sizes == dict(key_dim=512, value_dim=512, hidden_units=2304) and layer.gate == "output_and_loss"
     assert layer.options == dict(
-        chunk_size=512, lookahead=1, lookahead_target="mean", loss="mse", lr=0.1, weight_decay=0.0, grad_clip=None
+        chunk_size=512, lookahead=1, lookahead_target="last", loss="mse", lr=0.1, weight_decay=0.0, grad_clip=None
     )
+    released = FwMLP.released(WIDTH, device="meta", lr=0.2)
+    assert released.gate == "output" and released.options == layer.options | dict(lookahead_target="mean", lr=0.2)
+    fwpkm = FwPKM(WIDTH, device="meta")
+    assert {k: fwpkm.options[k] for k in layer.options.keys() & fwpkm.options.keys() - {"lr"}} == {
+        k: layer.options[k] for k in layer.options.keys() & fwpkm.options.keys() - {"lr"}
+    }, "comparable"
     leaves = ("norm.weight", "proj.weight", "proj.bias")
     assert list(layer.state_dict()) == [f"{n}_{leaf}" for n in ("query", "value", "gate", "out") for leaf in leaves]
 
@@ -481,7 +488,7 @@ def test_weights_of_other_shapes_and_dtypes_are_refused():
         with pytest.raises(ValueError, match=f"{name}: expected.*got"):
             MLPMemory(*weights._replace(**{name: wrong}))
     for sizes in ((0, 3, 5), (4, -1, 5), (4, 3, 0)):
-        with pytest.raises(ValueError, match=r"(query_dim|value_dim|hidden_units): expected"):
+        with pytest.raises(ValueError, match=r"(key_dim|value_dim|hidden_units): expected"):
             MLPMemory.random(*sizes)
 
 

@@ -231,7 +231,7 @@ def test_a_layer_and_its_memory_live_where_they_were_made(tmp_path):
     memory.copy_(start)
     assert_same_bits(memory.values.cpu(), start.values)
     memory.reset()
-    fast = fwpkm_cuda.FwMLP(10, query_dim=6, value_dim=4, hidden_units=5, chunk_size=4).to(DEVICE)
+    fast = fwpkm_cuda.FwMLP(10, key_dim=6, value_dim=4, hidden_units=5, chunk_size=4).to(DEVICE)
     fast(hidden, fast.new_memory(), mask).sum().backward()
     slow = fwpkm_cuda.PKM(10, key_dim=8, value_dim=6, heads=2, topk=3, num_sub_keys=8, sparse_grad=True).to(DEVICE)
     slow(hidden).sum().backward()

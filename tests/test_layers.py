@@ -19,7 +19,7 @@ from fwpkm_cuda.layers import RMSNorm, normalize
 pytestmark = pytest.mark.usefixtures("device")
 
 SIZES = dict(key_dim=4, value_dim=3, topk=2, num_sub_keys=4, chunk_size=3)
-MLP_SIZES = dict(query_dim=4, value_dim=3, hidden_units=5, chunk_size=3)
+MLP_SIZES = dict(key_dim=4, value_dim=3, hidden_units=5, chunk_size=3)
 PKM_SIZES = dict(key_dim=4, value_dim=3, heads=2, topk=2, num_sub_keys=4)
 LAYER_SCANS = {name: options for name, options in SCANS.items() if not {"carried", "flush"} & options.keys()}
 WIDTH = 6
@@ -304,15 +304,15 @@ PROJECTIONS = [
 def test_state_dict_holds_the_documented_parameters_and_no_memory():
     layer = FwPKM(WIDTH, **SIZES)
     layer(hidden_states(dtype=torch.float32), layer.new_memory())
-    assert list(layer.state_dict()) == PROJECTIONS
+    assert sorted(layer.state_dict()) == sorted([*PROJECTIONS, "sub_keys"])
     without = [name for name in PROJECTIONS if not name.startswith("gate")]
-    assert list(FwPKM(WIDTH, **SIZES, gate="none").state_dict()) == without
+    assert list(FwPKM(WIDTH, **SIZES, gate="none", keep_sub_keys=False).state_dict()) == without
     learned = FwPKM(WIDTH, **SIZES, learned_initial_memory=True)
     assert set(learned.state_dict()) == {*PROJECTIONS, "initial_values", "initial_sub_keys"}
     other = FwPKM(WIDTH, **SIZES, learned_initial_memory=True)
     other.load_state_dict(learned.state_dict())
     assert torch.equal(other.initial_values, learned.initial_values)
-    assert {n for n, _ in layer.named_parameters()} == set(layer.state_dict()), "no buffers"
+    assert [n for n, _ in layer.named_buffers()] == ["sub_keys"] and not [*learned.named_buffers()]
 
 
 @pytest.mark.parametrize(
@@ -408,15 +408,15 @@ def test_chunk_size_of_a_call(boundary):
     layer, other = fwpkm(boundary=boundary), fwpkm(boundary=boundary, chunk_size=5)
     other.load_state_dict(layer.state_dict())
     hidden, new = hidden_states(), lambda: layer.new_memory(seed=0, dtype=torch.float64)
-    a, b, c = new(), new(), new()
+    a, b, c, d = new(), new(), new(), new()
     y = layer(hidden, a, chunk_size=5)
     assert torch.equal(y, other(hidden, b)) and not torch.equal(y, layer(hidden, c))
     a.commit(), b.commit()
     assert equal(bits(a), bits(b))
     assert layer.options["chunk_size"] == 3
     with torch.no_grad():
-        streamed = layer.stream(hidden, c := new(), chunk_size=5, flush=True)
-    assert torch.equal(streamed, y) and equal(bits(c), bits(a))
+        streamed = layer.stream(hidden, d, chunk_size=5, flush=True)
+    assert torch.equal(streamed, y) and equal(bits(d), bits(a))
 
 
 def test_details():
@@ -819,7 +819,7 @@ BAD_FWPKM = [
     ("addressing_weight", float("nan")),
 ]  # fmt: skip
 BAD_FWMLP = [
-    *BAD_SIZES, *((name, value) for name in ("query_dim", "hidden_units") for value in (0, -1, 4.0, True)),
+    *BAD_SIZES, *((name, value) for name in ("key_dim", "hidden_units") for value in (0, -1, 4.0, True)),
     ("loss", "huber"), ("lookahead_target", "first"),
 ]  # fmt: skip
 CONSTRUCTORS = [
@@ -909,7 +909,7 @@ def test_a_refused_call_names_its_argument_and_leaves_the_memory(layer, sizes, m
     "layer, sizes, other",
     [
         *((FwPKM, SIZES, {n: v}) for n, v in dict(key_dim=6, value_dim=4, num_sub_keys=5, heads=2).items()),
-        *((FwMLP, MLP_SIZES, {n: v}) for n, v in dict(query_dim=5, value_dim=4, hidden_units=7).items()),
+        *((FwMLP, MLP_SIZES, {n: v}) for n, v in dict(key_dim=5, value_dim=4, hidden_units=7).items()),
     ],
     ids=lambda x: "" if x in (SIZES, MLP_SIZES) else x.__name__ if isinstance(x, type) else "-".join(x),
 )

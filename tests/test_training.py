@@ -37,7 +37,7 @@ def nothing_compiled():
 
 def make_layer(kind="pkm", dtype=torch.float64, **options):
     if kind == "mlp":
-        return FwMLP(WIDTH, query_dim=4, value_dim=5, hidden_units=7, chunk_size=4, dtype=dtype)
+        return FwMLP(WIDTH, key_dim=4, value_dim=5, hidden_units=7, chunk_size=4, dtype=dtype)
     return FwPKM(WIDTH, **SIZES | options, learned_initial_memory=kind == "learned", dtype=dtype)
 
 
@@ -415,7 +415,7 @@ def test_nothing_that_is_done_to_a_module_touches_its_memory(train):
     model = nn.Sequential(layer)
     owned = [*model.parameters(), *model.buffers(), *model.state_dict().values()]
     assert not {t.data_ptr() for t in owned} & {t.data_ptr() for t in memory.tensors.values()}
-    assert len(owned) == 2 * len([*model.parameters()])
+    assert len(owned) == 2 * len([*model.parameters(), layer.sub_keys])
     model.eval().train(train).requires_grad_(False).requires_grad_(True).zero_grad()
     model.load_state_dict(copy.deepcopy(model).state_dict())
     model.to(torch.float32).bfloat16().double().apply(lambda m: None).share_memory()

@@ -14,6 +14,7 @@ __all__ = [
     "FwMLP",
     "FwPKM",
     "MLPMemory",
+    "Memories",
     "Memory",
     "Scan",
     "Usage",
@@ -37,6 +38,7 @@ if load_error is None:
     from . import reference
     from .fast_mlp import MLPMemory
     from .layers import PKM, FwMLP, FwPKM
+    from .memories import Memories
     from .memory import Memory
     from .ops import Scan, check, chunk_scan, chunk_scan_, commit_, product_key_topk, value_dot, value_gather
     from .statistics import Usage, gate_histogram, random_usage, read_counts, usage

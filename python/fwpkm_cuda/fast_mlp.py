@@ -167,7 +167,7 @@ class MLPMemory(FastWeights):
     `MLPMemory(*weights)` holds the tensors given, without a copy; `random` draws fresh ones."""
 
     KIND = "fast-weight MLP"
-    NAMES = MLPWeights._fields
+    NAMES = CONTENT = MLPWeights._fields
     PER_TOKEN = ("out",)
     OPTIONS = scan_options(mlp_scan)
 
@@ -177,7 +177,7 @@ class MLPMemory(FastWeights):
             if getattr(weights, name).dim() != 2:
                 raise ValueError(f"{name}: expected a matrix, got shape {tuple(getattr(weights, name).shape)}")
         (N, Q), V = weights.w_up.shape, weights.w_down.shape[0]
-        expected = self.shapes(query_dim=Q, value_dim=V, hidden_units=N)
+        expected = self.shapes(key_dim=Q, value_dim=V, hidden_units=N)
         for name, t, shape in zip(self.NAMES, weights, expected, strict=True):
             if t.shape != shape or t.dtype not in (torch.float32, torch.float64) or t.dtype != tensors[0].dtype:
                 raise ValueError(
@@ -186,26 +186,23 @@ class MLPMemory(FastWeights):
         super().__init__(weights, seed)
 
     @classmethod
-    def random(cls, query_dim=512, value_dim=512, hidden_units=2304, *, seed=None, device=None, dtype=torch.float32):
+    def random(cls, key_dim=512, value_dim=512, hidden_units=2304, *, seed=None, device=None, dtype=torch.float32):
         """As the release: normal weights with variance one over their inputs, zero biases."""
-        sizes = dict(query_dim=query_dim, value_dim=value_dim, hidden_units=hidden_units)
+        sizes = dict(key_dim=key_dim, value_dim=value_dim, hidden_units=hidden_units)
         return cls._random(sizes, seed, device, dtype)
 
     @staticmethod
-    def shapes(query_dim, value_dim, hidden_units):
-        Q, V, N = query_dim, value_dim, hidden_units
+    def shapes(key_dim, value_dim, hidden_units):
+        Q, V, N = key_dim, value_dim, hidden_units
         return MLPWeights((N, Q), (N,), (N, Q), (N,), (V, N), (V,))
 
     @property
     def weights(self):
         return MLPWeights(**self._tensors)
 
-    def _draw(self, generator):
-        for name, w in self._tensors.items():
-            if name.startswith("w_"):
-                w.normal_(0, w.shape[1] ** -0.5, generator=generator)
-            else:
-                w.zero_()
+    def _draw(self, name, generator):
+        w = self._tensors[name]
+        w.normal_(0, w.shape[1] ** -0.5, generator=generator) if name.startswith("w_") else w.zero_()
 
     def _scan(self, tokens, **options):
         return mlp_scan(self.weights, *tokens, **options)

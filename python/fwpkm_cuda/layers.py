@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from . import fast_mlp, ops
 from .checks import check_choice, check_whole, described
 from .fast_mlp import MLPMemory
-from .memory import Memory, draw_sub_keys, draw_values
+from .memory import WHOLE, Memory, Streaming, draw_sub_keys, draw_values, with_whole_chunk
 
 GATE_OUTPUTS = 8  # whose mean is the gate, as in the released checkpoints
 
@@ -99,6 +99,7 @@ class FastWeightLayer(Float32Tables):
     def __init__(self, hidden_size, query_size, *, sizes, gate, target_norm, norm_eps, options, device, dtype):
         super().__init__()
         check_whole(hidden_size=hidden_size, **sizes)
+        check_chunk_size(options["chunk_size"])
         check_choice("gate", gate, ("output_and_loss", "output", "none"))
         check_choice("target_norm", target_norm, ("zscore", "l2", None))
         value_size = sizes["value_dim"]
@@ -121,14 +122,14 @@ class FastWeightLayer(Float32Tables):
         settings = self.sizes | dict(gate=self.gate, target_norm=self.target_norm) | self.options
         return ", ".join(f"{k}={v!r}" for k, v in settings.items())
 
-    def new_memory(self, *, seed=None, device=None, dtype=None):
+    def new_memory(self, *, seed=None, device=None, dtype=None, **start):
         """A fresh memory for this layer, on its device and float32 (of a float64 layer: float64) by default.
 
         seed: of its random numbers, by default one of torch's generator."""
         weight = self.query_proj.weight
         device = weight.device if device is None else device
         dtype = torch.promote_types(weight.dtype, torch.float32) if dtype is None else dtype
-        return self.MEMORY.random(**self.sizes, seed=seed, device=device, dtype=dtype)
+        return self.MEMORY.random(**self.sizes, seed=seed, device=device, dtype=dtype, **start)
 
     def project(self, hidden) -> Projected:
         """(B, T, hidden_size) -> query, value and gate"""
@@ -151,16 +152,22 @@ class FastWeightLayer(Float32Tables):
 
         hidden (B, T, hidden_size), mask (B, T) bool or None (True: the token counts in the memory loss) ->
         (B, T, hidden_size), to be added to the residual stream; with return_details also `Details`, without a graph.
+        In place of a memory, `memory.streaming(...)` makes this call a `stream` with the options given there.
 
         The memory is the same in train and eval mode; give `memory.frozen()` to leave it alone. A later call (outside a
         backward pass) commits for you; compiled code needs `memory.commit()` before it is called again.
 
-        chunk_size    in place of the layer's own
+        chunk_size    in place of the layer's own; "all": one write, after the last token of the call
         read_passes   reads and writes the sequence n times in a row, and returns the answers of the last time;
                       differentiable through all of them, so T must be a multiple of chunk_size, and boundary "drop\""""
+        if isinstance(memory, Streaming):
+            if chunk_size is not None or read_passes != 1:
+                raise ValueError("chunk_size, read_passes: expected as arguments of memory.streaming() in this call")
+            return self.stream(hidden, memory.memory, mask, **memory.options, return_details=return_details)
         options = self._check_call(hidden, memory, mask, chunk_size, read_passes)
         projected = self.project(hidden)
         passes, T = read_passes, hidden.shape[1]
+        options = with_whole_chunk(options, T)
         tokens = self._tokens(projected, mask)
         if passes > 1:
             if T % options["chunk_size"] or options.get("boundary") == "carry":
@@ -169,7 +176,7 @@ class FastWeightLayer(Float32Tables):
                     f"{options['chunk_size']} tokens, got {T} (stream() with flush=True reads any number)"
                 )
             tokens = [None if x is None else torch.cat([x] * passes, 1) for x in tokens]
-        reading = memory.scan(*tokens, **options, **self._gradient_options())
+        reading = memory.scan(*tokens, **options, **self._scan_options())
         return self._answer(self._last(reading, T), projected, return_details)
 
     def stream(self, hidden, memory, mask=None, *, chunk_size=None, flush=False, read_passes=1, return_details=False):
@@ -211,10 +218,10 @@ class FastWeightLayer(Float32Tables):
                 raise ValueError(f"memory: expected {name} of shape {shape} for this layer, got {tuple(t.shape)}")
         if chunk_size is None:
             return self.options
-        check_whole(chunk_size=chunk_size)
+        check_chunk_size(chunk_size)
         return self.options | {"chunk_size": chunk_size}
 
-    def _gradient_options(self):
+    def _scan_options(self):
         """Of `memory.scan` and not of `memory.stream`."""
         return {}
 
@@ -234,6 +241,11 @@ class FastWeightLayer(Float32Tables):
         return y, Details(*(None if x is None else x.detach() for x in fields))
 
 
+def check_chunk_size(chunk_size):
+    if chunk_size != WHOLE:
+        check_whole(chunk_size=chunk_size)
+
+
 def check_reads(topk, num_sub_keys, key_dim, value_dim, heads):
     check_whole(topk=topk, num_sub_keys=num_sub_keys, key_dim=key_dim, value_dim=value_dim, heads=heads)
     Memory.shapes(num_sub_keys, key_dim, value_dim, heads)
@@ -245,22 +257,27 @@ class FwPKM(FastWeightLayer):
     """Fast-weight product key memory as a layer: y = layer(hidden, memory), with memory = layer.new_memory().
 
     Defaults are the paper's sizes. Slow weights of the layer (its state_dict): query_proj, value_proj, gate_proj,
-    out_proj, each with a norm. The memory is not among them.
+    out_proj, each with a norm, and the trained sub-keys. The memory is not among them.
 
     hidden_size        of the residual stream
-    key_dim, value_dim, heads, topk, num_sub_keys, chunk_size    K per head, V, H, R, P, C
+    key_dim, value_dim, heads, topk, num_sub_keys    K per head, V, H, R, P
+    chunk_size         C: tokens between two writes; "all": one write per call
     gate               "output_and_loss": y mixes answer and own value, and the memory loss is weighted, both by the
                        gate; "output": only the mix; "none": answer + value
     target_norm        of the values: "zscore", "l2" or None
     query_norm         of the two halves of each head's query: "zscore", "l2" or None
     norm_eps           of the RMSNorms
+    keep_sub_keys      the buffer `sub_keys` (H, 2, P, K/2), in the state_dict, is where new memories have their
+                       sub-keys from; in train() mode the commit of a scan leaves the memory's in it. Without it (and
+                       without learned_initial_memory) new memories draw sub-keys at random, and what training has made
+                       of them is in the memory alone
     learned_initial_memory   new memories begin as parameters of the layer, `initial_values` and `initial_sub_keys`,
                        which get gradients from the scans before the first commit; else as random numbers
     sparse_grad        their gradient for values: sparse COO (as torch.optim.SparseAdam takes it), or dense
     All others are options of the scan: see `fwpkm_cuda.chunk_scan`."""
 
     MEMORY = Memory
-    TABLES = ("initial_values", "initial_sub_keys")
+    TABLES = ("initial_values", "initial_sub_keys", "sub_keys")
     PER_WRITE = ("losses", "addressing_loss")
 
     def __init__(
@@ -289,6 +306,7 @@ class FwPKM(FastWeightLayer):
         target_norm="zscore",
         query_norm=None,
         norm_eps=1e-6,
+        keep_sub_keys=True,
         learned_initial_memory=False,
         sparse_grad=True,
         device=None,
@@ -301,7 +319,7 @@ class FwPKM(FastWeightLayer):
         )  # fmt: skip
         sizes = dict(num_sub_keys=num_sub_keys, key_dim=key_dim, value_dim=value_dim, heads=heads)
         check_reads(topk, **sizes)
-        ops.check_scan_options(**options)
+        ops.check_scan_options(**with_whole_chunk(options, 1))
         check_choice("query_norm", query_norm, ("zscore", "l2", None))
         if query_norm == "zscore" and key_dim == 2:
             raise ValueError("key_dim: expected at least 4 with query_norm 'zscore', got 2")
@@ -310,12 +328,15 @@ class FwPKM(FastWeightLayer):
             options=options, device=device, dtype=dtype,
         )  # fmt: skip
         self.query_norm_kind, self.heads, self.sparse_grad = query_norm, heads, sparse_grad
-        self.initial_values = self.initial_sub_keys = None
+        self.initial_values = self.initial_sub_keys = sub_keys = None
+        new = dict(device=device, dtype=table_dtype(dtype))
+        value_shape, key_shape = Memory.shapes(**sizes)
         if learned_initial_memory:
-            new = dict(device=device, dtype=table_dtype(dtype))
-            values, sub_keys = (torch.empty(shape, **new) for shape in Memory.shapes(**sizes))
-            self.initial_values = nn.Parameter(draw_values(values))
-            self.initial_sub_keys = nn.Parameter(draw_sub_keys(sub_keys))
+            self.initial_values = nn.Parameter(draw_values(torch.empty(value_shape, **new)))
+            self.initial_sub_keys = nn.Parameter(draw_sub_keys(torch.empty(key_shape, **new)))
+        elif keep_sub_keys:
+            sub_keys = draw_sub_keys(torch.empty(key_shape, **new))
+        self.register_buffer("sub_keys", sub_keys)
 
     @classmethod
     def released(cls, hidden_size, **changes):
@@ -328,18 +349,27 @@ class FwPKM(FastWeightLayer):
     def extra_repr(self):
         return f"{super().extra_repr()}, query_norm={self.query_norm_kind!r}"
 
-    def new_memory(self, *, seed=None, device=None, dtype=None) -> Memory:
+    def new_memory(self, *, seed=None, device=None, dtype=None, values=None, sub_keys=None) -> Memory:
         """A fresh memory for this layer, on its device and float32 (of a float64 layer: float64) by default.
 
-        seed: of its random numbers, by default one of torch's generator. With learned_initial_memory it is the layer's
-        parameters, until the first write makes a copy of them (and nothing else can be asked for)."""
+        seed      of its random numbers, by default one of torch's generator
+        values    (S, V) to begin with: "random" (the default), "zeros", or a tensor, which is copied
+        sub_keys  (H, 2, P, K/2): by default those that the layer keeps, else "random"; or a tensor, which is copied
+
+        With learned_initial_memory it is the layer's parameters, until the first write makes a copy of them (and
+        nothing else can be asked for)."""
         if self.initial_values is not None:
-            if any(x is not None for x in (seed, device, dtype)):
+            if any(x is not None for x in (seed, device, dtype, values, sub_keys)):
                 raise ValueError(
-                    "seed, device, dtype: a learned initial memory is where the layer is (see Memory.clone)"
+                    "seed, device, dtype, values, sub_keys: a learned initial memory is where the layer is (see "
+                    "Memory.clone)"
                 )
             return Memory(self.initial_values, self.initial_sub_keys)
-        return super().new_memory(seed=seed, device=device, dtype=dtype)
+        values = "random" if values is None else values
+        if sub_keys is None:
+            kept = self.sub_keys
+            sub_keys = "random" if kept is None or kept.is_meta else kept
+        return super().new_memory(seed=seed, device=device, dtype=dtype, values=values, sub_keys=sub_keys)
 
     def project(self, hidden):
         query, value, gate = super().project(hidden)
@@ -348,8 +378,9 @@ class FwPKM(FastWeightLayer):
             query = normalize(query.unflatten(-1, (2, -1)), self.query_norm_kind).flatten(-2).to(query.dtype)
         return Projected(query, value, gate)
 
-    def _gradient_options(self):
-        return {"sparse_grad": self.sparse_grad}
+    def _scan_options(self):
+        keep = {"sub_keys": self.sub_keys} if self.training and self.sub_keys is not None else None
+        return {"sparse_grad": self.sparse_grad, "keep": keep}
 
     def _last(self, reading, T):
         if reading.out.shape[1] == T:
@@ -360,9 +391,9 @@ class FwPKM(FastWeightLayer):
 class FwMLP(FastWeightLayer):
     """The same layer around a fast-weight MLP: the dense baseline. y = layer(hidden, memory).
 
-    Defaults are the paper's: 512 -> 2304 -> 512, chunks of 512, step size 0.1, all six tensors written by the gradient
-    of the mean loss. query_dim Q, value_dim V, hidden_units N; lookahead_target, loss: see `fast_mlp.mlp_loss`; the
-    others as in `FwPKM`."""
+    The paper's sizes: 512 -> 2304 -> 512, chunks of 512, step size 0.1, all six tensors written by the gradient of the
+    mean loss. key_dim Q, value_dim V, hidden_units N; lookahead_target, loss: see `fast_mlp.mlp_loss`; the others, with
+    the same defaults, as in `FwPKM`, so that the two are comparable."""
 
     MEMORY = MLPMemory
 
@@ -370,17 +401,17 @@ class FwMLP(FastWeightLayer):
         self,
         hidden_size,
         *,
-        query_dim=512,
+        key_dim=512,
         value_dim=512,
         hidden_units=2304,
         chunk_size=512,
         lookahead=1,
-        lookahead_target="mean",
+        lookahead_target="last",
         loss="mse",
         lr=0.1,
         weight_decay=0.0,
         grad_clip=None,
-        gate="output",
+        gate="output_and_loss",
         target_norm="zscore",
         norm_eps=1e-6,
         device=None,
@@ -390,11 +421,17 @@ class FwMLP(FastWeightLayer):
             chunk_size=chunk_size, lookahead=lookahead, lookahead_target=lookahead_target, loss=loss, lr=lr,
             weight_decay=weight_decay, grad_clip=grad_clip,
         )  # fmt: skip
-        fast_mlp.check_options(**options)
+        fast_mlp.check_options(**with_whole_chunk(options, 1))
         super().__init__(
-            hidden_size, query_dim, sizes=dict(query_dim=query_dim, value_dim=value_dim, hidden_units=hidden_units),
+            hidden_size, key_dim, sizes=dict(key_dim=key_dim, value_dim=value_dim, hidden_units=hidden_units),
             gate=gate, target_norm=target_norm, norm_eps=norm_eps, options=options, device=device, dtype=dtype,
         )  # fmt: skip
+
+    @classmethod
+    def released(cls, hidden_size, **changes):
+        """The baseline of the paper's experiments, as the released code computes it: its target is the mean of a
+        token's own value and the next one, and the gate does not weight the loss."""
+        return cls(hidden_size, **(dict(lookahead_target="mean", gate="output") | changes))
 
 
 class PKM(Float32Tables):
@@ -405,6 +442,7 @@ class PKM(Float32Tables):
 
     key_dim, value_dim, heads, topk, num_sub_keys    K per head, V, H, R, P
     query_norm     RMSNorm over all H*K numbers of the query
+    query_bias     of the linear map that makes the query
     swilu          output = W (answer * silu(W' x)); else W answer
     gated          output times sigmoid(w x)
     peer           single-neuron experts instead of values (PEER): answer = sum a gelu(<x, u_s>) v_s, of output_dim =
@@ -427,6 +465,7 @@ class PKM(Float32Tables):
         topk=32,
         num_sub_keys=512,
         query_norm=True,
+        query_bias=True,
         swilu=True,
         gated=False,
         peer=False,
@@ -449,7 +488,7 @@ class PKM(Float32Tables):
         self.sub_keys = nn.Parameter(torch.empty(heads, 2, num_sub_keys, key_dim // 2, **table))
         self.values = nn.Parameter(torch.empty(num_sub_keys**2, value_dim, **table))
         self.up_values = nn.Parameter(torch.empty_like(self.values)) if peer else None
-        self.query_proj = nn.Linear(input_dim, heads * key_dim, **new)
+        self.query_proj = nn.Linear(input_dim, heads * key_dim, bias=query_bias, **new)
         self.query_norm = nn.RMSNorm(heads * key_dim, norm_eps, **new) if query_norm else None
         self.out_proj = None if peer else nn.Linear(value_dim, output_dim, **new)
         self.swilu_proj = nn.Linear(input_dim, value_dim, **new) if swilu else None

@@ -2,7 +2,8 @@
 
 `FastWeights` is what any fast weights need to be trained and streamed: a scan whose writes wait for `commit`, a queue
 of tokens that are read but not yet written, copies and files. `Memory` is the product key memory. (The dense baseline
-is in fast_mlp.py.) The mathematics is in ops.py; this file only keeps the state between calls.
+is in fast_mlp.py, the memories of a whole model are in memories.py.) The mathematics is in ops.py; this file only keeps
+the state between calls.
 """
 
 import copy
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import ops, pages, storage
-from .checks import check_whole
+from .checks import check_choice, check_whole
 
 
 class Tokens(NamedTuple):
@@ -38,12 +39,18 @@ class Tokens(NamedTuple):
 
 
 REQUIRED = inspect.Parameter.empty
+WHOLE = "all"  # a chunk_size: one write per reading
 
 
 def scan_options(function):
     """{name: default or REQUIRED} of a scan's keyword arguments, without those that a stream sets itself."""
     parameters = inspect.signature(function).parameters.values()
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in ("carried", "flush")}
+
+
+def with_whole_chunk(options, tokens):
+    """The options, with chunk_size "all" replaced by the number of tokens that are read."""
+    return options | {"chunk_size": max(tokens, 1)} if options.get("chunk_size") == WHOLE else options
 
 
 def in_backward_pass():
@@ -64,19 +71,25 @@ class FastWeights:
                wait for the rest of theirs, and `flush()` writes them as a short chunk. Positions count from the last
                flush or reset, and the result does not depend on how a sequence is cut into calls.
 
+    chunk_size "all" writes once per reading: after the last token of each call.
+
     Subclasses name their tensors and say how to scan and commit them."""
 
     KIND: ClassVar[str]  # in saved files
     NAMES: ClassVar[tuple[str, ...]]  # of the tensors
+    CONTENT: ClassVar[tuple[str, ...]]  # the first of them, which hold what was read; the others say where
     PER_TOKEN: ClassVar[tuple[str, ...]]  # fields of a reading with a row for every token
     OPTIONS: ClassVar[dict]  # `scan_options` of the function that scans
 
     def __init__(self, tensors, seed=None):
         self._tensors = dict(zip(self.NAMES, tensors, strict=True))
-        self._initial = dict(self._tensors) if any(t.requires_grad for t in tensors) else None
+        # How each tensor began: "random" (from the seed), "zeros", a tensor, or None (given, and not kept).
+        given = None if seed is None else "random"
+        self._start = {name: t if t.requires_grad else given for name, t in self._tensors.items()}
         self.seed = seed
         self.is_frozen = False
         self.pending = None
+        self._keep = None
         self._drop_stream()
 
     def _drop_stream(self):
@@ -107,16 +120,28 @@ class FastWeights:
         """Puts the new weights of a `_scan` into the memory."""
         raise NotImplementedError
 
-    def _draw(self, generator):
-        """Fills the tensors with the numbers of a fresh memory."""
+    def _draw(self, name, generator):
+        """Fills one tensor with the numbers of a fresh memory."""
         raise NotImplementedError
 
     @classmethod
-    def _random(cls, sizes, seed, device, dtype):
+    def _random(cls, sizes, seed, device, dtype, **start):
+        """A memory of these sizes. start: {name of a tensor: "random" (the default), "zeros", or a tensor to copy}"""
         check_whole(**sizes)
-        tensors = (pages.empty(shape, device, dtype) for shape in cls.shapes(**sizes))
+        shapes = dict(zip(cls.NAMES, cls.shapes(**sizes), strict=True))
+        for name, value in start.items():
+            if not isinstance(value, Tensor):
+                check_choice(name, value, ("random", "zeros"))
+            elif value.shape != shapes[name]:
+                raise ValueError(f"{name}: expected shape {shapes[name]}, got {tuple(value.shape)}")
+        tensors = {name: pages.empty(shape, device, dtype) for name, shape in shapes.items()}
         seed = int(torch.randint(2**62, (), device="cpu")) if seed is None else seed
-        return cls(*tensors, seed=seed).reset()
+        memory = cls(*tensors.values(), seed=seed)
+        for name, value in start.items():
+            if isinstance(value, Tensor):
+                value = tensors[name].copy_(value.detach()).clone()
+            memory._start[name] = value
+        return memory.reset()
 
     # ------------------------------------------------------------------------------------------------------- the state
     @property
@@ -165,15 +190,19 @@ class FastWeights:
             raise RuntimeError(f"{what}: this memory is frozen; call it on the memory that it is a view of")
 
     # -------------------------------------------------------------------------------------------------------- training
-    def scan(self, query, target, loss_weights=None, mask=None, **options):
+    def scan(self, query, target, loss_weights=None, mask=None, *, keep=None, **options):
         """Reads a whole sequence and writes after each chunk, differentiably; the writes wait for `commit`.
 
-        Shapes and options are those of the operator; returns its result. A scan that is already pending is committed
-        first. The exception is a call from inside a backward pass, by activation checkpointing: it repeats the pending
-        scan and writes nothing. In compiled code (torch.compile) `commit` must have been called before."""
+        Shapes and options are those of the operator; returns its result. keep: {name: tensor} that the commit of this
+        scan makes equal to the memory's tensors of these names.
+
+        A scan that is already pending is committed first. The exception is a call from inside a backward pass, by
+        activation checkpointing: it repeats the pending scan and writes nothing. In compiled code (torch.compile)
+        `commit` must have been called before."""
         tokens = Tokens(query, target, loss_weights, mask)
         if self.is_frozen:
             return self._read(tokens, options)
+        options = with_whole_chunk(options, query.shape[1])
         if torch.compiler.is_compiling():
             if self.pending is not None:
                 raise RuntimeError(
@@ -188,7 +217,7 @@ class FastWeights:
         scan = self._scan(tokens, **options)
         self._watch(scan)
         self.pending = type(scan)(*(x.detach() for x in scan))
-        self._options = options
+        self._options, self._keep = options, keep
         return scan
 
     def _watch(self, scan):
@@ -231,12 +260,14 @@ class FastWeights:
         if self.pending is not None:
             with self._owned():
                 self._commit(self.pending, **self._options)
+            for name, kept in (self._keep or {}).items():
+                kept.copy_(self._tensors[name])
             self.rollback()
 
     def rollback(self):
         """Drops the pending scan, if there is one: the weights are as before it."""
         if self.pending is not None:
-            self.pending = self._options = None
+            self.pending = self._options = self._keep = None
 
     # ------------------------------------------------------------------------------------------------------- inference
     def stream(self, query, target, loss_weights=None, mask=None, **options):
@@ -255,7 +286,7 @@ class FastWeights:
             with torch.no_grad():
                 return self._reading(self._read(tokens, options))
         self.commit()
-        options = self._complete(options)
+        options = with_whole_chunk(self._complete(options), self.pending_tokens + query.shape[1])
         chunk_size = options["chunk_size"]
         check_whole(chunk_size=chunk_size)
         self._refuse_other_options(tokens, options)
@@ -351,7 +382,7 @@ class FastWeights:
     def frozen(self):
         """A view that is read and never written: `scan` and `stream` leave the weights alone. It shares the tensors."""
         view = copy.copy(self)
-        view.pending, view.is_frozen = None, True
+        view.pending, view._keep, view.is_frozen = None, None, True
         view._versions = None  # of the tensors, at the last reading outside of a backward pass
         view._drop_stream()
         return view
@@ -390,20 +421,42 @@ class FastWeights:
         self._carried, self._options = source._carried, source._options
         return self
 
-    @torch.no_grad()
+    def streaming(self, *, chunk_size=None, flush=False, read_passes=1):
+        """`Streaming`: for a layer, that streams it in place of scanning it. Options as of the layer's `stream`."""
+        return Streaming(self, dict(chunk_size=chunk_size, flush=flush, read_passes=read_passes))
+
     def reset(self):
-        """Forgets everything: the weights become those of the day it was made (of the parameters, if they are learned).
+        """Becomes what it was on the day it was made (the parameters, if they are learned): nothing written is left.
 
         What was drawn at random is drawn again from `seed`, in place: the same bits, on the same type of device."""
-        self._refuse_if_frozen("reset")
-        if self._initial is None and self.seed is None:
-            raise RuntimeError("reset: this memory was made of given tensors; copy_() another memory into it")
-        self.pending = None
+        return self._begin(self.NAMES, "reset")
+
+    def forget(self):
+        """Forgets what it has read and keeps where it would look for it: the sub-keys stay as they are.
+
+        The values become those of the day it was made, as in `reset`. Of weights that have no addresses (an MLP's) it
+        is `reset`."""
+        return self._begin(self.CONTENT, "forget")
+
+    @torch.no_grad()
+    def _begin(self, names, what):
+        self._refuse_if_frozen(what)
+        for name in names:
+            if self._start[name] is None:
+                raise RuntimeError(
+                    f"{what}: the {name} of this memory are a tensor that was given; copy_() another memory into it"
+                )
+        self.rollback()
         self._drop_stream()
-        if self._initial is not None:
-            self._tensors.update({name: t.to(self.device) for name, t in self._initial.items()})
-        else:
-            self._draw(torch.Generator(self.device).manual_seed(self.seed))
+        generator = None if self.seed is None else torch.Generator(self.device).manual_seed(self.seed)
+        for name in names:
+            start = self._start[name]
+            if isinstance(start, str):
+                self._tensors[name].zero_() if start == "zeros" else self._draw(name, generator)
+            elif start.requires_grad:
+                self._tensors[name] = start.to(self.device)
+            else:
+                self._tensors[name].copy_(start)
         return self
 
     # ----------------------------------------------------------------------------------------------------------- files
@@ -412,34 +465,58 @@ class FastWeights:
 
         A pending scan is committed first. A stream that goes on from the loaded file gives the same bits as one that
         was not interrupted."""
-        self.commit()
-        tensors = dict(self._tensors)
-        if self._queue:
-            queue = Tokens.join(self._queue)._asdict()
-            tensors |= {f"pending.{name}": x for name, x in queue.items() if x is not None}
-        state = {"kind": self.KIND, "seed": self.seed, "carried": self._carried, "options": self._options}
+        tensors, state = self._packed()
         storage.write(path, tensors, {"state": json.dumps(state)})
 
     @classmethod
     def load(cls, path, device="cpu"):
         """The memory in a file of `save`. A file that is damaged, cut off or of another kind raises ValueError."""
         tensors, metadata = storage.read(path)
-        try:
-            state = json.loads(metadata["state"])
-            if state["kind"] != cls.KIND:
-                raise ValueError(f"expected a memory of kind {cls.KIND!r}, got {state['kind']!r}")
-            memory = cls(*(pages.copied(tensors[name], device) for name in cls.NAMES))
-            memory.seed = state["seed"]
-            queue = Tokens(*(tensors.get(f"pending.{name}") for name in Tokens._fields))
-            if queue.query is not None:
-                options, carried, queued = state["options"], state["carried"], queue.query.shape[1]
-                if cls._complete(options) != options or not 0 <= carried <= queued:
-                    raise ValueError("the options of its pending tokens are not those of this version")
-                memory._queue = [Tokens(*(None if x is None else x.to(device) for x in queue))]
-                memory._queued, memory._carried, memory._options = queued, carried, options
-        except (KeyError, TypeError, ValueError) as error:
-            raise storage.DamagedFile(f"{path}: {error}") from error
+        with storage.reading(path):
+            return cls._unpacked(tensors, json.loads(metadata["state"]), device)
+
+    def _packed(self):
+        """-> ({name: tensor}, what else there is to know, as of JSON)"""
+        self.commit()
+        tensors = dict(self._tensors)
+        if self._queue:
+            queue = Tokens.join(self._queue)._asdict()
+            tensors |= {f"pending.{name}": x for name, x in queue.items() if x is not None}
+        start = dict(self._start)
+        for name, how in start.items():
+            if isinstance(how, Tensor):
+                start[name] = None if how.requires_grad else "kept"
+            if start[name] == "kept":
+                tensors[f"start.{name}"] = how
+        state = {"kind": self.KIND, "seed": self.seed, "start": start, "carried": self._carried}
+        return tensors, state | {"options": self._options}
+
+    @classmethod
+    def _unpacked(cls, tensors, state, device):
+        if state["kind"] != cls.KIND:
+            raise ValueError(f"expected a memory of kind {cls.KIND!r}, got {state['kind']!r}")
+        memory = cls(*(pages.copied(tensors[name], device) for name in cls.NAMES), seed=state["seed"])
+        for name in cls.NAMES:
+            how = state["start"][name]
+            check_choice("start", how, ("random", "zeros", "kept", None))
+            memory._start[name] = pages.copied(tensors[f"start.{name}"], device) if how == "kept" else how
+        queue = Tokens(*(tensors.get(f"pending.{name}") for name in Tokens._fields))
+        if queue.query is not None:
+            options, carried, queued = state["options"], state["carried"], queue.query.shape[1]
+            if cls._complete(options) != options or not 0 <= carried <= queued:
+                raise ValueError("the options of its pending tokens are not those of this version")
+            memory._queue = [Tokens(*(None if x is None else x.to(device) for x in queue))]
+            memory._queued, memory._carried, memory._options = queued, carried, options
         return memory
+
+
+class Streaming(NamedTuple):
+    """A memory in the place of a memory: a layer that is called with it streams, with these options.
+
+    So a model says once, where its memories are handed in, how all of its layers use them."""
+
+    memory: FastWeights
+    options: dict  # of a layer's `stream`
 
 
 class Memory(FastWeights):
@@ -452,6 +529,7 @@ class Memory(FastWeights):
 
     KIND = "product key memory"
     NAMES = ("values", "sub_keys")
+    CONTENT = ("values",)
     PER_TOKEN = ("out", "indices", "weights")
     OPTIONS = scan_options(ops.chunk_scan_)
 
@@ -471,14 +549,25 @@ class Memory(FastWeights):
 
     @classmethod
     def random(
-        cls, num_sub_keys=512, key_dim=512, value_dim=512, heads=1, *, seed=None, device=None, dtype=torch.float32
+        cls,
+        num_sub_keys=512,
+        key_dim=512,
+        value_dim=512,
+        heads=1,
+        *,
+        seed=None,
+        values="random",
+        sub_keys="random",
+        device=None,
+        dtype=torch.float32,
     ):
         """A fresh memory as the paper's: sub-keys uniform in +-1/sqrt(K), values normal with variance 1/V.
 
         num_sub_keys P (there are P*P slots), key_dim K (of each head, even), value_dim V, heads H. seed: None takes one
-        from torch's generator."""
+        from torch's generator. values, sub_keys: "random", "zeros", or a tensor that is copied (twice: `reset` goes
+        back to it)."""
         sizes = dict(num_sub_keys=num_sub_keys, key_dim=key_dim, value_dim=value_dim, heads=heads)
-        return cls._random(sizes, seed, device, dtype)
+        return cls._random(sizes, seed, device, dtype, values=values, sub_keys=sub_keys)
 
     @staticmethod
     def shapes(num_sub_keys, key_dim, value_dim, heads):
@@ -500,9 +589,8 @@ class Memory(FastWeights):
     def num_slots(self):
         return self.values.shape[0]
 
-    def _draw(self, generator):
-        draw_values(self.values, generator)
-        draw_sub_keys(self.sub_keys, generator)
+    def _draw(self, name, generator):
+        (draw_values if name == "values" else draw_sub_keys)(self._tensors[name], generator)
 
     def _scan(self, tokens, **options):
         return ops.chunk_scan(self.values, self.sub_keys, *tokens, **options)

@@ -9,6 +9,7 @@ import json
 import os
 import struct
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import safetensors
@@ -64,6 +65,15 @@ def read(path):
     except safetensors.SafetensorError as error:
         raise DamagedFile(f"{path}: not a valid safetensors file: {error}") from error
     return tensors, {name: text for name, text in metadata.items() if name not in ("format", "sha256")}
+
+
+@contextmanager
+def reading(path):
+    """Where the contents of a file are made into something: what is missing or wrong there is the file's fault."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError) as error:
+        raise DamagedFile(f"{path}: {error}") from error
 
 
 def _digest_place(file, path):
