@@ -14,7 +14,7 @@ ENVIRONMENT := $(VENV)/.environment
 BUILD := $(VENV)/.build
 
 BUILD_TOOLS = $(shell sed -n 's/^requires = \[\(.*\)\].*/\1/p' pyproject.toml | tr -d ,)
-EXTRAS = $(shell sed -n 's/^\(test\|examples\|dev\) = \[\(.*\)\].*/\2/p' pyproject.toml | tr -d ,)
+EXTRAS = $(shell sed -n 's/^\(test\|examples\|experiments\|dev\) = \[\(.*\)\].*/\2/p' pyproject.toml | tr -d ,)
 CXX_FILES = $(shell find csrc tests/simt -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 # The installation is editable: Python files are read from the source tree, only these need a new build.
 BUILD_INPUTS = $(shell find csrc cmake _build -type f ! -path '*/__pycache__/*') \
