@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from . import fast_mlp, ops
 from .checks import check_choice, check_whole, described
 from .fast_mlp import MLPMemory
-from .memory import WHOLE, Memory, Streaming, draw_sub_keys, draw_values, with_whole_chunk
+from .memory import Memory, Streaming, check_chunk_size, draw_sub_keys, draw_values, with_whole_chunk
 
+LARGE = 1 << 30  # tokens: stands for a reading of any length where options are checked
 GATE_OUTPUTS = 8  # whose mean is the gate, as in the released checkpoints
 
 
@@ -241,11 +242,6 @@ class FastWeightLayer(Float32Tables):
         return y, Details(*(None if x is None else x.detach() for x in fields))
 
 
-def check_chunk_size(chunk_size):
-    if chunk_size != WHOLE:
-        check_whole(chunk_size=chunk_size)
-
-
 def check_reads(topk, num_sub_keys, key_dim, value_dim, heads):
     check_whole(topk=topk, num_sub_keys=num_sub_keys, key_dim=key_dim, value_dim=value_dim, heads=heads)
     Memory.shapes(num_sub_keys, key_dim, value_dim, heads)
@@ -319,7 +315,7 @@ class FwPKM(FastWeightLayer):
         )  # fmt: skip
         sizes = dict(num_sub_keys=num_sub_keys, key_dim=key_dim, value_dim=value_dim, heads=heads)
         check_reads(topk, **sizes)
-        ops.check_scan_options(**with_whole_chunk(options, 1))
+        ops.check_scan_options(**with_whole_chunk(options, LARGE))
         check_choice("query_norm", query_norm, ("zscore", "l2", None))
         if query_norm == "zscore" and key_dim == 2:
             raise ValueError("key_dim: expected at least 4 with query_norm 'zscore', got 2")
@@ -421,7 +417,7 @@ class FwMLP(FastWeightLayer):
             chunk_size=chunk_size, lookahead=lookahead, lookahead_target=lookahead_target, loss=loss, lr=lr,
             weight_decay=weight_decay, grad_clip=grad_clip,
         )  # fmt: skip
-        fast_mlp.check_options(**with_whole_chunk(options, 1))
+        fast_mlp.check_options(**with_whole_chunk(options, LARGE))
         super().__init__(
             hidden_size, key_dim, sizes=dict(key_dim=key_dim, value_dim=value_dim, hidden_units=hidden_units),
             gate=gate, target_norm=target_norm, norm_eps=norm_eps, options=options, device=device, dtype=dtype,

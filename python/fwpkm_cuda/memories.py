@@ -31,21 +31,26 @@ class Memories(Mapping):
     def __init__(self, memories):
         self._memories = dict(memories)
         for name, memory in self._memories.items():
+            if not isinstance(name, str):
+                raise TypeError(f"memories: expected names, got {name!r}")
             if not isinstance(memory, (FastWeights, Streaming)):
                 raise TypeError(f"memories[{name!r}]: expected a memory, got {described(memory)}")
 
     @classmethod
-    def of(cls, model, *, seed=None, device=None, dtype=None, **start):
+    def of(cls, model, *, seed=None, device=None, dtype=None, values=None):
         """New memories for the FwPKM and FwMLP layers of a model, in the order of its modules.
 
-        seed: the first memory's; the next has the next number (None: each takes one from torch's generator). Other
-        arguments as of the layers' `new_memory`; values and sub_keys go to FwPKM layers alone."""
+        seed: the first memory's; the next has the next number (None: each takes one from torch's generator; a learned
+        initial memory needs none). Other arguments as of the layers' `new_memory`; values for FwPKM layers alone."""
         layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, FastWeightLayer)}
         memories = {}
         for place, (name, layer) in enumerate(layers.items()):
-            own = start if layer.MEMORY is Memory else {}
-            own_seed = None if seed is None else seed + place
-            memories[name] = layer.new_memory(seed=own_seed, device=device, dtype=dtype, **own)
+            own = dict(device=device, dtype=dtype)
+            if layer.MEMORY is Memory:
+                own["values"] = values
+            if seed is not None and getattr(layer, "initial_values", None) is None:
+                own["seed"] = seed + place
+            memories[name] = layer.new_memory(**own)
         return cls(memories)
 
     def __getitem__(self, name):
@@ -80,13 +85,17 @@ class Memories(Mapping):
             memory.flush()
 
     def reset(self):
-        """All as on the day they were made."""
+        """All as on the day they were made, or an error and none."""
+        for memory in self.values():
+            memory._refuse_begin("reset", memory.NAMES)
         for memory in self.values():
             memory.reset()
         return self
 
     def forget(self):
-        """Values as on the day they were made; sub-keys stay as they are."""
+        """Values as on the day they were made; sub-keys stay as they are. All of them, or an error and none."""
+        for memory in self.values():
+            memory._refuse_begin("forget", memory.CONTENT)
         for memory in self.values():
             memory.forget()
         return self
@@ -109,13 +118,15 @@ class Memories(Mapping):
         if other.keys() != self.keys():
             raise ValueError(f"other: expected memories {list(self)}, got {list(other)}")
         for name, memory in self.items():
+            memory._refuse_copy(other[name])
+        for name, memory in self.items():
             memory.copy_(other[name])
         return self
 
     def usage(self, details):
         """{name: Usage} of the reads in `details`, {name: Details} of a call; of product key memories."""
-        memories = {name: memory for name, memory in self.items() if isinstance(memory, Memory)}
-        return {name: usage(details[name].indices, memory.num_slots) for name, memory in memories.items()}
+        slots = {name: self[name].num_slots for name in details if isinstance(self[name], Memory)}
+        return {name: usage(details[name].indices, slots[name]) for name in slots}
 
     # ----------------------------------------------------------------------------------------------------------- files
     def save(self, path):

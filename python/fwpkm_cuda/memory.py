@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import ops, pages, storage
-from .checks import check_choice, check_whole
+from .checks import check_choice, check_whole, described
 
 
 class Tokens(NamedTuple):
@@ -48,9 +48,20 @@ def scan_options(function):
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in ("carried", "flush")}
 
 
+def check_chunk_size(chunk_size):
+    if chunk_size != WHOLE and (type(chunk_size) is not int or chunk_size < 1):
+        raise ValueError(f"chunk_size: expected a whole number, at least 1, or {WHOLE!r}, got {chunk_size!r}")
+
+
 def with_whole_chunk(options, tokens):
     """The options, with chunk_size "all" replaced by the number of tokens that are read."""
-    return options | {"chunk_size": max(tokens, 1)} if options.get("chunk_size") == WHOLE else options
+    chunk_size = options.get("chunk_size")
+    if not isinstance(chunk_size, str):
+        return options
+    check_chunk_size(chunk_size)
+    # A chunk whose pairs are carried over its edge is at least as long as what is carried.
+    least = options.get("lookahead", 1) if options.get("boundary") == "carry" else 1
+    return options | {"chunk_size": max(tokens, least, 1)}
 
 
 def in_backward_pass():
@@ -130,10 +141,10 @@ class FastWeights:
         check_whole(**sizes)
         shapes = dict(zip(cls.NAMES, cls.shapes(**sizes), strict=True))
         for name, value in start.items():
-            if not isinstance(value, Tensor):
-                check_choice(name, value, ("random", "zeros"))
-            elif value.shape != shapes[name]:
-                raise ValueError(f"{name}: expected shape {shapes[name]}, got {tuple(value.shape)}")
+            known = value in ("random", "zeros") if isinstance(value, str) else isinstance(value, Tensor)
+            if not known or (isinstance(value, Tensor) and value.shape != shapes[name]):
+                got = described(value) if isinstance(value, (Tensor, str)) else type(value).__name__
+                raise ValueError(f"{name}: expected 'random', 'zeros' or a tensor of shape {shapes[name]}, got {got}")
         tensors = {name: pages.empty(shape, device, dtype) for name, shape in shapes.items()}
         seed = int(torch.randint(2**62, (), device="cpu")) if seed is None else seed
         memory = cls(*tensors.values(), seed=seed)
@@ -203,6 +214,10 @@ class FastWeights:
         if self.is_frozen:
             return self._read(tokens, options)
         options = with_whole_chunk(options, query.shape[1])
+        for name, kept in (keep or {}).items():
+            if name not in self._tensors or kept.shape != self._tensors[name].shape:
+                expected = ", ".join(f"{n} {tuple(t.shape)}" for n, t in self._tensors.items())
+                raise ValueError(f"keep: expected tensors among {expected}, got {name} {tuple(kept.shape)}")
         if torch.compiler.is_compiling():
             if self.pending is not None:
                 raise RuntimeError(
@@ -288,7 +303,7 @@ class FastWeights:
         self.commit()
         options = with_whole_chunk(self._complete(options), self.pending_tokens + query.shape[1])
         chunk_size = options["chunk_size"]
-        check_whole(chunk_size=chunk_size)
+        check_chunk_size(chunk_size)
         self._refuse_other_options(tokens, options)
         waiting = self.pending_tokens
         chunks, rest = (waiting + query.shape[1]) // chunk_size, (waiting + query.shape[1]) % chunk_size
@@ -402,14 +417,7 @@ class FastWeights:
     @torch.no_grad()
     def copy_(self, other):
         """Becomes a copy of `other`, of the same shapes, in the same tensors; the pending tokens are copied as well."""
-        self._refuse_if_frozen("copy_")
-        if type(other) is not type(self):
-            raise TypeError(f"other: expected {type(self).__name__}, got {type(other).__name__}")
-        for name, t in self._tensors.items():
-            if other._tensors[name].shape != t.shape:
-                raise ValueError(
-                    f"other: expected {name} of shape {tuple(t.shape)}, got {tuple(other._tensors[name].shape)}"
-                )
+        self._refuse_copy(other)
         if other is self:
             return self
         self.rollback()
@@ -421,6 +429,16 @@ class FastWeights:
         self._carried, self._options = source._carried, source._options
         return self
 
+    def _refuse_copy(self, other):
+        self._refuse_if_frozen("copy_")
+        if type(other) is not type(self):
+            raise TypeError(f"other: expected {type(self).__name__}, got {type(other).__name__}")
+        for name, t in self._tensors.items():
+            if other._tensors[name].shape != t.shape:
+                raise ValueError(
+                    f"other: expected {name} of shape {tuple(t.shape)}, got {tuple(other._tensors[name].shape)}"
+                )
+
     def streaming(self, *, chunk_size=None, flush=False, read_passes=1):
         """`Streaming`: for a layer, that streams it in place of scanning it. Options as of the layer's `stream`."""
         return Streaming(self, dict(chunk_size=chunk_size, flush=flush, read_passes=read_passes))
@@ -429,23 +447,26 @@ class FastWeights:
         """Becomes what it was on the day it was made (the parameters, if they are learned): nothing written is left.
 
         What was drawn at random is drawn again from `seed`, in place: the same bits, on the same type of device."""
-        return self._begin(self.NAMES, "reset")
+        return self._begin(self._refuse_begin("reset", self.NAMES))
 
     def forget(self):
         """Forgets what it has read and keeps where it would look for it: the sub-keys stay as they are.
 
         The values become those of the day it was made, as in `reset`. Of weights that have no addresses (an MLP's) it
         is `reset`."""
-        return self._begin(self.CONTENT, "forget")
+        return self._begin(self._refuse_begin("forget", self.CONTENT))
 
-    @torch.no_grad()
-    def _begin(self, names, what):
+    def _refuse_begin(self, what, names):
         self._refuse_if_frozen(what)
         for name in names:
             if self._start[name] is None:
                 raise RuntimeError(
                     f"{what}: the {name} of this memory are a tensor that was given; copy_() another memory into it"
                 )
+        return names
+
+    @torch.no_grad()
+    def _begin(self, names):
         self.rollback()
         self._drop_stream()
         generator = None if self.seed is None else torch.Generator(self.device).manual_seed(self.seed)

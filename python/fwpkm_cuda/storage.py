@@ -15,7 +15,7 @@ from pathlib import Path
 import safetensors
 import safetensors.torch
 
-FORMAT = "fwpkm_cuda memory 1"
+FORMAT = "fwpkm_cuda memory 2"
 _UNSIGNED = b"0" * 64
 _FIELD = b'"sha256":"'
 _LARGEST_HEADER = 1 << 20  # of the files written here; a damaged length must not allocate
