@@ -170,8 +170,8 @@ def _recall(axis, runs, lines, title):
 
 
 def perplexity_picture(runs, path):
-    """Over the position in a document."""
-    figure, axis = pyplot.subplots(figsize=(6, 3.6), layout="constrained")
+    """Over the position in a document; and for the first of them what the memory takes away as it reads on."""
+    figure, (axis, right) = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     corpus = next(iter(configurations.TESTS))
     for name in configurations.TEXT:
         for way in ("live", "frozen"):
@@ -181,8 +181,17 @@ def perplexity_picture(runs, path):
                 places, losses = [at for at, _, _ in curves[0]], [loss for _, loss, _ in curves[0]]
                 axis.plot(places, losses, "--" if way == "frozen" else "-", marker=".", label=label)
     axis.set(xlabel="position in the document (tokens)", ylabel="loss (nats per token)", xscale="symlog")
-    axis.grid(alpha=0.3)
+    axis.set_title(f"held-out documents of {corpus}")
     axis.legend(fontsize=8)
+    with_memory, without = (
+        figures(runs, name, f"{corpus}, live", "first_documents") for name in ("text-fwpkm", "text-none")
+    )
+    for own, other in zip(*(found[0] if found else [] for found in (with_memory, without))):
+        right.plot([128 * place for place in range(len(own))], [a - b for a, b in zip(own, other)], linewidth=0.8)
+    right.axhline(0, color="black", linewidth=0.8)
+    right.set(xlabel="position (tokens)", ylabel="loss with FwPKM - without (nats)", title="the first ten documents")
+    for part in (axis, right):
+        part.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 

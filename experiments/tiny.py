@@ -17,6 +17,10 @@ from experiments.needles import haystack
 from experiments.training import Trained, documents, train
 
 
+def say(text):
+    print(text, flush=True)
+
+
 # Each of these makes a function of a run (Trained), whose result is kept.
 def needles(length, count=100, most=4, still=False, **options):
     """still: sub-keys do not move while it reads."""
@@ -100,7 +104,7 @@ def job(name, folder, device="cpu", report=print):
     return results
 
 
-def everything(folder, names=None, seeds=1, jobs=None, device="cpu", report=print):
+def everything(folder, names=None, seeds=1, jobs=None, device="cpu", report=say):
     """All jobs, `jobs` at a time (one for each core); their output is in FOLDER/seed-S/NAME.log. -> what failed"""
     folder, jobs = Path(folder), jobs or (os.cpu_count() if device == "cpu" else 1)
     waiting = [(seed, name) for seed in range(seeds) for name in names or configurations.ALL]

@@ -27,8 +27,9 @@ EXCEPTIONS = {
 }
 # module -> modules of the package it may import when it is loaded
 IMPORTS = {
-    "__init__": {"_library", "_version", "fast_mlp", "layers", "memory", "ops", "reference", "statistics"},
+    "__init__": {"_library", "_version", "fast_mlp", "layers", "memories", "memory", "ops", "reference", "statistics"},
     "__main__": {"_library", "_version"},
+    "memories": {"checks", "fast_mlp", "layers", "memory", "statistics", "storage"},
     "layers": {"checks", "fast_mlp", "memory", "ops"},
     "fast_mlp": {"checks", "memory"},
     "memory": {"checks", "ops", "pages", "storage"},
