@@ -5,7 +5,6 @@ import json
 import os
 import random
 import sys
-from pathlib import Path
 
 import torch
 
@@ -151,7 +150,8 @@ def run_trace(options):
     run = Trained(options.run, options.device)
     rng = random.Random(f"1 {options.length} {options.sample}")
     hay = haystack(run.held_out, run.vocabulary, options.length, rng)
-    trace.evaluate(run, Path(run.folder) / "trace.json", hay, options.readings)
+    result = trace.evaluate(run, run.folder / "trace.json", hay, options.readings)
+    trace.picture(result, run.folder / "trace.png")
 
 
 def run_tiny(options):

@@ -77,6 +77,6 @@ def picture(result, path, width=100):
         axis.set(xlim=(0, width), ylim=(-row - 1, 1), title=f"gate of {name}")
         axis.axis("off")
     bar = pyplot.cm.ScalarMappable(norm=pyplot.Normalize(0, 1), cmap=colours)
-    figure.colorbar(bar, ax=axes[:, 0], label="gate: 1 the memory's answer, 0 the token's own value", shrink=0.6)
+    figure.colorbar(bar, ax=axes[:, 0], label="gate")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

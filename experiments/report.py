@@ -12,7 +12,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-from experiments import configurations
+from experiments import configurations, gates, trace
 
 HERE = Path(__file__).parent
 PICTURES = HERE / "pictures"
@@ -204,10 +204,9 @@ def write(folder, page=HERE / "README.md"):
     PICTURES.mkdir(exist_ok=True)
     recall_picture(runs, PICTURES / "recall.png")
     perplexity_picture(runs, PICTURES / "perplexity.png")
-    for name, seeds in (("gates", "main"), ("trace", "main")):
-        made = Path(folder) / "seed-0" / seeds / f"{name}.png"
-        if made.exists():
-            (PICTURES / made.name).write_bytes(made.read_bytes())
+    for name, draw in (("gates", gates.picture), ("trace", trace.picture)):
+        saved = Path(folder) / "seed-0" / "main" / f"{name}.json"
+        draw(json.loads(saved.read_text()), PICTURES / f"{name}.png")
     facts = runs["main"]["0"]["facts"]
     seconds = sum(own["facts"]["seconds"] for seeds in runs.values() for own in seeds.values())
     seeds = sorted({seed for own in runs.values() for seed in own})

@@ -50,14 +50,12 @@ def domains(run):
 
 def gates_of(run):
     result = gates.evaluate(run, run.folder / "gates.json", run.held_out)
-    gates.picture(result, run.folder / "gates.png")
     return {name: {k: v for k, v in own.items() if k != "gates"} for name, own in result["memories"].items()}
 
 
 def traced(run):
     hay = haystack(run.held_out, run.vocabulary, 1000, random.Random("1 1000 0"))
     result = trace.evaluate(run, run.folder / "trace.json", hay)
-    trace.picture(result, run.folder / "trace.png")
     return dict(answer=result["answer"], value=result["value"])
 
 

@@ -147,7 +147,8 @@ def picture(result, path, slots=4, context=34):
                 rows.append(
                     (name, row["share"], best["position"], before[-context:], says, after[:context], row["hit"])
                 )
-    figure, axis = pyplot.subplots(figsize=(12, 0.21 * len(rows) + 0.6), layout="constrained")
+    size = (66 + 2 * context) * 0.068, 0.21 * len(rows) + 0.6  # a character of the font is 0.067 inches wide
+    figure, axis = pyplot.subplots(figsize=size, layout="constrained")
     font = dict(family="monospace", fontsize=8, va="center")
     for line, row in enumerate(rows):
         if len(row) == 2:
@@ -155,11 +156,11 @@ def picture(result, path, slots=4, context=34):
             continue
         name, share, position, before, says, after, hit = row
         axis.text(2, -line, f"{share:4.0%} of the answer of {name}, last written at token {position}", **font)
-        axis.text(68 + context, -line, before, ha="right", color="grey", **font)
+        axis.text(62 + context, -line, before, ha="right", color="grey", **font)
         box = dict(boxstyle="square,pad=0.1", linewidth=0, facecolor="palegreen" if hit else "mistyrose")
-        axis.text(69 + context, -line, says, bbox=box, **font)
-        axis.text(70 + context + len(says), -line, after, color="grey", **font)
-    axis.set(xlim=(0, 72 + 2 * context), ylim=(-len(rows), 1))
+        axis.text(63 + context, -line, says, bbox=box, **font)
+        axis.text(64 + context + len(says), -line, after, color="grey", **font)
+    axis.set(xlim=(0, 66 + 2 * context), ylim=(-len(rows), 1))
     axis.axis("off")
     answered = f"answered {result['answer']} (right: {result['value']})"
     title = f"ID-{result['key']}: {answered} after {result['readings']} readings"
