@@ -11,6 +11,7 @@ import torch
 from experiments import configurations, continual, gates, niah, paper, perplexity, report, tiny, trace
 from experiments.config import Config
 from experiments.needles import haystack
+from experiments.tokens import file_name
 from experiments.training import Trained, documents, train
 
 
@@ -130,7 +131,7 @@ def held_out(run, corpora_):
 def run_perplexity(options):
     run = Trained(options.run, options.device)
     for name, test in held_out(run, options.corpus).items():
-        file = run.folder / f"perplexity-{name}-{options.way}-{options.start}.json"
+        file = run.folder / f"perplexity-{file_name(name)}-{options.way}-{options.start}.json"
         found = perplexity.evaluate(run, file, test, most=options.most, way=options.way, start=options.start)
         print(f"{name}: perplexity {found['perplexity']:.2f} of {found['tokens']} tokens")
 

@@ -7,6 +7,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 
+def _checked(name, value, kind):
+    """The value as its annotation has it: a list is a tuple there, a whole number may be a float."""
+    if typing.get_origin(kind) is tuple and isinstance(value, (tuple, list)):
+        return tuple(_checked(name, part, typing.get_args(kind)[0]) for part in value)
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) not in (typing.get_args(kind) or (kind,)):
+        raise ValueError(f"{name}: expected {kind}, got {value!r}")
+    return value
+
+
 @dataclass(frozen=True)
 class Config:
     """Sizes in tokens where nothing else is said; layers count from 0."""
@@ -44,6 +55,9 @@ class Config:
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float = 1.0
+    memory_lr: float = (
+        0.0  # step size of the FwPKM memories at the end: it falls from theirs in the second half; 0: stays
+    )
     forget: float = 0.25  # share of the steps that begin with empty values
     restricted: float = 0.0  # share of the steps in which full attention sees `window` tokens (pSWA)
     precision: str = "float32"  # "bfloat16": autocast; memories stay float32
@@ -55,17 +69,7 @@ class Config:
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
-            kind = typing.get_origin(f.type) or f.type
-            if kind is tuple:
-                object.__setattr__(self, f.name, tuple(value))
-                continue
-            if kind is float and type(value) is int:
-                object.__setattr__(self, f.name, float(value))
-                continue
-            kinds = typing.get_args(f.type) or (kind,) if kind is not dict else (dict,)
-            if type(value) not in kinds:
-                raise ValueError(f"{f.name}: expected {f.type}, got {value!r}")
+            object.__setattr__(self, f.name, _checked(f.name, getattr(self, f.name), f.type))
         inside = [i for kind in (self.fwpkm, self.fwmlp, self.pkm) for i in kind]
         if any(not 0 <= i < self.layers for i in inside) or set(self.fwpkm) & set(self.fwmlp):
             raise ValueError(f"fwpkm, fwmlp, pkm: expected layers below {self.layers}, one fast memory each")

@@ -20,7 +20,7 @@ def evaluate(run, file, names=("anarchism", "austen", "bible"), adapt=50_000, te
 
     adapt, test: tokens of a domain, both from what training held out; the test's documents are not adapted to."""
     file = Path(file)
-    settings = dict(names=list(names), adapt=adapt, test=test, config=run.folder.name)
+    settings = run.settings(names=names, adapt=adapt, test=test)
     if file.exists() and (saved := json.loads(file.read_text()))["settings"] == settings:
         return saved
     parts = {}

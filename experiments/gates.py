@@ -18,7 +18,7 @@ def evaluate(run, file, documents, most=20_000, start="trained", shown=400, repo
 
     Also in `file`, and as a picture beside it."""
     file = Path(file)
-    settings = dict(most=most, start=start, shown=shown, config=run.folder.name)
+    settings = run.settings(most=most, start=start, shown=shown)
     if file.exists() and (saved := json.loads(file.read_text()))["settings"] == settings:
         return saved
     memories, seen, ids = run.memories(start), {name: [] for name in run.memories("empty")}, []
@@ -49,13 +49,15 @@ def evaluate(run, file, documents, most=20_000, start="trained", shown=400, repo
 
 
 def picture(result, path, width=100):
-    """The text of `evaluate`, on the colours of its gates."""
+    """The text of `evaluate`, on the colours of its gates; no picture where there are none."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     memories = {name: own["gates"] for name, own in result["memories"].items() if "gates" in own}
+    if not memories:
+        return
     rows, row, column = [], 0, 0  # (row, column, text) of each token
     for text in result["text"]:
         shown = text.replace("\n", "↵").replace("\t", " ")

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from experiments import corpora
 from experiments.needles import DIGITS, haystack
 
 BETWEEN = ("empty", "trained", "kept")
@@ -76,16 +77,18 @@ def scored(answer, hay):
 
 
 def samples(
-    run, *, length=1000, most=4, count=100, between="empty", chunk_size="all", seed=1, needles=5, control=False
+    run, *, first=0, length=1000, most=4, count=100, between="empty", chunk_size="all", seed=1, needles=5, control=False
 ):
-    """Yields a dict for each sample and number of readings. Sample s is the same text for every model and every n."""
+    """Yields a dict for each sample from `first` to `count` - 1 and each number of readings.
+
+    Sample s is the same text for every model and every n. "kept" memories have read all samples before, from 0 on."""
     if between not in BETWEEN:
         raise ValueError(f"between: expected one of {', '.join(BETWEEN)}, got {between!r}")
     documents, device = run.held_out, run.device
     seen = reach(run.config)
     # Never reset: every number of readings has a history of its own.
     kept = {n: run.memories("trained") for n in range(1, most + 1)} if between == "kept" else {}
-    for sample in range(count):
+    for sample in range(first, count):
         rng = random.Random(f"{seed} {length} {sample}")
         hay = haystack(documents, run.vocabulary, length, rng, needles, answerable=not control)
         text, question = (torch.from_numpy(x).long().to(device) for x in (hay.ids, hay.question))
@@ -118,8 +121,9 @@ def evaluate(run, file, report=print, **options):
 
     A never-reset memory has to begin at the first sample, all others go on where they were stopped."""
     file = Path(file)
-    settings = json.dumps(dict(options=options, run=run.folder.name, memory=run.config.fwpkm_options), sort_keys=True)
-    lines = file.read_text().splitlines() if file.exists() else []
+    settings = json.dumps(run.settings(options=options), sort_keys=True)
+    text = file.read_text() if file.exists() else ""
+    lines = text[: text.rfind("\n") + 1].splitlines()  # without half a line
     if lines and lines[0] != settings:
         raise ValueError(f"{file}: results of other settings are there: {lines[0]}")
     most, count = options.get("most", 4), options.get("count", 100)
@@ -128,11 +132,10 @@ def evaluate(run, file, report=print, **options):
     if options.get("between") == "kept" and whole < count:
         whole = 0
     done = done[: whole * most]
-    with file.open("w") as out:
-        out.write("".join(line + "\n" for line in [settings, *map(json.dumps, done)]))
-        for result in samples(run, **options) if whole < count else []:
-            if result["sample"] < whole:
-                continue
+    with corpora.replacing(file) as out:
+        out.write("".join(line + "\n" for line in [settings, *map(json.dumps, done)]).encode())
+    with file.open("a") as out:
+        for result in samples(run, first=whole, **options):
             done.append(result)
             out.write(json.dumps(result) + "\n")
             if len(done) % most == 0:

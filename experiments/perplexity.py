@@ -65,7 +65,7 @@ def evaluate(run, file, documents, report=print, most=100_000, start="trained", 
     curve             [(first token, mean loss, tokens)] over the position in a document, in parts that grow with it
     first_documents   of the first ten, the mean loss of every 128 tokens"""
     file = Path(file)
-    settings = dict(options, most=most, start=start, config=run.folder.name)
+    settings = run.settings(**options, most=most, start=start)
     if file.exists() and (saved := json.loads(file.read_text()))["settings"] == settings:
         return saved
     documents = cut(documents, most)

@@ -178,16 +178,19 @@ def perplexity_picture(runs, path):
             curves = figures(runs, name, f"{corpus}, {way}", "curve")
             if curves and not (way == "frozen" and "fwpkm" not in name):
                 label = configurations.LABELS.get(name, name) + ", frozen" * (way == "frozen")
-                places, losses = [at for at, _, _ in curves[0]], [loss for _, loss, _ in curves[0]]
+                places, losses = [max(1.4 * at, 256) for at, _, _ in curves[0]], [loss for _, loss, _ in curves[0]]
                 axis.plot(places, losses, "--" if way == "frozen" else "-", marker=".", label=label)
-    axis.set(xlabel="position in the document (tokens)", ylabel="loss (nats per token)", xscale="symlog")
+    axis.set(xlabel="position in the document (tokens)", ylabel="loss (nats per token)", xscale="log")
     axis.set_title(f"held-out documents of {corpus}")
     axis.legend(fontsize=8)
     with_memory, without = (
         figures(runs, name, f"{corpus}, live", "first_documents") for name in ("text-fwpkm", "text-none")
     )
     for own, other in zip(*(found[0] if found else [] for found in (with_memory, without))):
-        right.plot([128 * place for place in range(len(own))], [a - b for a, b in zip(own, other)], linewidth=0.8)
+        gained = [a - b for a, b in zip(own, other)]
+        every = range(0, max(len(gained) - 7, 1), 8)  # 1,024 tokens
+        means = [sum(gained[at : at + 8]) / len(gained[at : at + 8]) for at in every]
+        right.plot([128 * at + 512 for at in every], means, marker=".", linewidth=0.8)
     right.axhline(0, color="black", linewidth=0.8)
     right.set(xlabel="position (tokens)", ylabel="loss with FwPKM - without (nats)", title="the first ten documents")
     for part in (axis, right):

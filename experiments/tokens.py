@@ -158,7 +158,7 @@ def _digest(*parts) -> str:
     return digest.hexdigest()[:20]
 
 
-def _file_name(corpus_name) -> str:
+def file_name(corpus_name) -> str:
     name = corpus_name if isinstance(corpus_name, str) else ",".join(map(str, corpus_name))
     return re.sub(r"[^\w.-]+", "_", name)[:60]
 
@@ -167,7 +167,7 @@ def encoded(corpus_name, vocabulary, cache=None, accept_other_versions=False) ->
     """The ids of each document of the corpus, (T,) int32; from the cache if they are of these texts and tokens."""
     texts = corpora.documents(corpus_name, cache, accept_other_versions)
     digest = _digest(vocabulary.digest, *texts)
-    path = corpora.cache_folder(cache) / "tokens" / f"{_file_name(corpus_name)}_{digest}_{EDITION}.npz"
+    path = corpora.cache_folder(cache) / "tokens" / f"{file_name(corpus_name)}_{digest}_{EDITION}.npz"
     if not path.exists():
         arrays = vocabulary.encode_all(texts)
         with corpora.replacing(path) as file:
@@ -182,7 +182,7 @@ def vocabulary(corpus_names, size, cache=None, accept_other_versions=False) -> V
     corpus_names = [corpus_names] if isinstance(corpus_names, str) else list(corpus_names)
     parts = [corpora.split(corpora.documents(name, cache, accept_other_versions))[0] for name in corpus_names]
     texts = [text for part in parts for text in part]
-    names = "+".join(map(_file_name, corpus_names))[:60]
+    names = "+".join(map(file_name, corpus_names))[:60]
     path = corpora.cache_folder(cache) / "vocabularies" / f"{names}_{size}_{_digest(*texts)}_{EDITION}.json"
     if not path.exists():
         Vocabulary.train(texts, size).save(path)

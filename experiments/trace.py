@@ -95,7 +95,7 @@ def _explained(details, writers, vocabulary, digit):
         for slot, share in zip(own.indices.flatten().tolist(), own.weights.flatten().tolist()):
             known = writers.of_slot(name, slot, vocabulary)
             for writer in known:
-                votes[writer["says"]] += share * writer["share"]
+                votes[writer["says"]] += share * writer["share"] / len(details)
             hit = bool(known) and known[0]["says"] == digit
             rows.append(dict(slot=slot, share=share, hit=hit, writers=known))
         memories[name] = sorted(rows, key=lambda row: -row["share"])

@@ -79,6 +79,14 @@ def learning_rate(config, step):
     return min(1, (step + 1) / max(config.warm_up, 1)) * wave
 
 
+def memory_step_size(config, step):
+    """Of FwPKM memories. Large steps are learned with sooner, small ones leave more of what was written before."""
+    first = config.fwpkm_options.get("lr", 1.0)
+    if not config.memory_lr:
+        return first
+    return first * (config.memory_lr / first) ** max(2 * step / max(config.steps, 1) - 1, 0)
+
+
 def drawn(config, what, step, share):
     """Whether a share of the steps has something: the same on every process, and after a resume."""
     return random.Random(f"{what} {config.seed} {step}").random() < share
@@ -100,9 +108,11 @@ class Run:
         self.model = language_model(config, self.vocabulary.size).to(self.device)
         self.memories = fwpkm_cuda.Memories.of(self.model, values="zeros", seed=config.seed + 1000 * self.rank)
         self.optimizer = optimizer(self.model, config)
-        self.step = 0
-        if self.checkpoint.exists():
-            self._resume()
+        self.step, self.figures = 0, []  # of the steps since the last line of the log
+        for folder in (self.checkpoint, self.folder / "checkpoint.old"):  # the old one, where a stop came in between
+            if folder.exists():
+                self._resume(folder)
+                break
         self.trained = torch.compile(self.model) if config.compile else self.model
         if self.processes > 1:
             self.trained = torch.nn.parallel.DistributedDataParallel(self.trained)
@@ -124,7 +134,7 @@ class Run:
         self.memories.save(self._memory_file(new))
         if self.rank == 0:
             state = dict(model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), step=self.step)
-            torch.save(state, new / "training.pt")
+            torch.save(state | dict(figures=self.figures), new / "training.pt")
         barrier()
         if self.rank == 0:
             shutil.rmtree(old, ignore_errors=True)
@@ -134,12 +144,12 @@ class Run:
             shutil.rmtree(old, ignore_errors=True)
         barrier()
 
-    def _resume(self):
-        state = torch.load(self.checkpoint / "training.pt", map_location=self.device, weights_only=True)
+    def _resume(self, folder):
+        state = torch.load(folder / "training.pt", map_location=self.device, weights_only=True)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.step = state["step"]
-        self.memories = fwpkm_cuda.Memories.load(self._memory_file(self.checkpoint), self.device)
+        self.step, self.figures = state["step"], state["figures"]
+        self.memories = fwpkm_cuda.Memories.load(self._memory_file(folder), self.device)
 
     def save(self, seconds):
         self.memories.save(self._memory_file(self.folder))
@@ -158,6 +168,9 @@ class Run:
         rate = learning_rate(config, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        for layer in fast_layers(self.model).values():
+            if isinstance(layer, fwpkm_cuda.FwPKM):
+                layer.options["lr"] = memory_step_size(config, self.step)
         if drawn(config, "forget", self.step, config.forget):
             self.memories.forget()
         self.optimizer.zero_grad()
@@ -204,12 +217,12 @@ class Run:
         before = json.loads(kept[-1])["seconds"] if kept else 0.0
         if self.rank == 0:
             log.write_text("".join(line + "\n" for line in kept))
-        start, figures = time.monotonic(), []
+        start = time.monotonic()
         while self.step < config.steps and (seconds is None or time.monotonic() - start < seconds):
-            figures.append(self.train_step())
+            self.figures.append(self.train_step())
             if self.step % config.log_every == 0 or self.step == config.steps:
-                line = dict(step=self.step, seconds=round(before + time.monotonic() - start, 1)) | mean(figures)
-                figures = []
+                line = dict(step=self.step, seconds=round(before + time.monotonic() - start, 1)) | mean(self.figures)
+                self.figures = []
                 if self.rank == 0:
                     with log.open("a") as file:
                         file.write(json.dumps(line) + "\n")
@@ -298,13 +311,20 @@ class Trained:
 
     def __init__(self, folder, device="cpu", fwpkm_options=None):
         self.folder, self.device = Path(folder), torch.device(device)
-        self.config = Config.load(self.folder / "config.json").changed(fwpkm_options=fwpkm_options or {})
+        config = Config.load(self.folder / "config.json")
+        own = dict(lr=config.memory_lr) if config.memory_lr else {}
+        self.config = config.changed(fwpkm_options=own | (fwpkm_options or {}))
         self.facts = json.loads((self.folder / "run.json").read_text())
         self.vocabulary = vocabulary_of(self.config)
         self.documents = documents(self.config.corpora, self.vocabulary)
         self.model = language_model(self.config, self.vocabulary.size)
         self.model.load_state_dict(safetensors.torch.load_file(self.folder / "model.safetensors"))
         self.model.to(self.device).eval()
+
+    def settings(self, **options):
+        """What a result of this run depends on, as of JSON."""
+        own = dict(run=self.folder.name, steps=self.facts["steps"], memory=self.config.fwpkm_options)
+        return json.loads(json.dumps(own | options))
 
     @property
     def held_out(self):
