@@ -13,7 +13,8 @@ def _checked(name, value, kind):
         return tuple(_checked(name, part, typing.get_args(kind)[0]) for part in value)
     if kind is float and type(value) is int:
         return float(value)
-    if type(value) not in (typing.get_args(kind) or (kind,)):
+    kinds = () if typing.get_origin(kind) is tuple else typing.get_args(kind) or (kind,)
+    if type(value) not in kinds:
         raise ValueError(f"{name}: expected {kind}, got {value!r}")
     return value
 

@@ -13,6 +13,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 from experiments import configurations, gates, trace
+from experiments.tiny import ONCE, once
 
 HERE = Path(__file__).parent
 PICTURES = HERE / "pictures"
@@ -91,11 +92,10 @@ def once_table(runs):
     for length, samples in (("1,000", 100), ("4,000", 100), ("16,000", 20)):
         row = [length, samples]
         for chunk in (64, 256):
-            for still in ("", ", still sub-keys"):
-                question = f"{length} tokens, read once in chunks of {chunk}{still}"
-                row.append(percent(figures(runs, "main", question, "1", "exact")))
+            for use in ONCE:
+                row.append(percent(figures(runs, "main", once(length, chunk, use), "1", "exact")))
         rows.append(row)
-    return table(["tokens", "samples", "64", "64, still sub-keys", "256", "256, still sub-keys"], rows)
+    return table(["tokens", "samples", *(f"{chunk}{use}" for chunk in (64, 256) for use in ONCE)], rows)
 
 
 def comparison(runs, names):
@@ -219,9 +219,9 @@ def write(folder, page=HERE / "README.md"):
         "needles": needle_table(runs),
         "once": once_table(runs),
         "baselines": comparison(runs, configurations.NEEDLES),
-        "rules": comparison(runs, ["short", *configurations.RULES]),
-        "ablations": comparison(runs, ["short", "lookahead0", *configurations.ABLATIONS]),
-        "attention": comparison(runs, ["short", *configurations.ATTENTION]),
+        "rules": comparison(runs, ["main", *configurations.RULES]),
+        "ablations": comparison(runs, ["main", "lookahead0", *configurations.ABLATIONS]),
+        "attention": comparison(runs, ["main", *configurations.ATTENTION]),
         "perplexity": perplexity_table(runs),
         "domains": domain_table(runs),
     }

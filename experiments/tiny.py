@@ -22,13 +22,13 @@ def say(text):
 
 
 # Each of these makes a function of a run (Trained), whose result is kept.
-def needles(length, count=100, most=4, still=False, **options):
-    """still: sub-keys do not move while it reads."""
+def needles(length, count=100, most=4, memory=None, **options):
+    """memory: options of the memories, other than in training"""
 
     def evaluate(run):
-        words = ["niah", length, *(f"{key}-{value}" for key, value in options.items()), *["still"] * still]
-        if still:
-            run = Trained(run.folder, run.device, dict(addressing_weight=0.0))
+        words = ["niah", length, *(f"{key}-{value}" for key, value in {**options, **(memory or {})}.items())]
+        if memory:
+            run = Trained(run.folder, run.device, memory)
         file = run.folder / f"{'-'.join(map(str, words))}.jsonl"
         return niah.evaluate(run, file, length=length, count=count, most=most, **options)
 
@@ -59,6 +59,15 @@ def traced(run):
     return dict(answer=result["answer"], value=result["value"])
 
 
+STILL = dict(addressing_weight=0.0)  # sub-keys do not move while it reads
+SMALL = dict(lr=0.15)
+ONCE = {"": None, ", small steps": SMALL, ", small steps, still sub-keys": SMALL | STILL}
+
+
+def once(length, chunk, use):
+    return f"{length} tokens, read once in chunks of {chunk}{use}"
+
+
 FIRST = {"1,000 tokens": needles(1000)}
 TEXT = {f"{corpus}, {way}": reading(corpus, way) for corpus in configurations.TESTS for way in ("live", "frozen")}
 TEXT |= {
@@ -71,14 +80,12 @@ MAIN = FIRST | {
     "1,000 tokens, never reset": needles(1000, 50, between="kept"),
     "1,000 tokens, key that stands nowhere": needles(1000, 50, control=True),
     **{
-        f"{length:,} tokens, read once in chunks of {chunk}{', still sub-keys' * still}": needles(
-            length, count, 1, still, chunk_size=chunk
-        )
+        once(f"{length:,}", chunk, use): needles(length, count, 1, memory, chunk_size=chunk)
         for length, count in ((1000, 100), (4000, 100), (16000, 20))
         for chunk in (64, 256)
-        for still in (False, True)
+        for use, memory in ONCE.items()
     },
-    "1,000 tokens, still sub-keys": needles(1000, still=True),
+    "1,000 tokens, still sub-keys": needles(1000, memory=STILL),
     "gates": gates_of,
     "trace": traced,
 }
