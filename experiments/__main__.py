@@ -165,8 +165,8 @@ def run_report(options):
 
 
 def run_paper(options):
-    own = dict(minutes=options.minutes, backbone=options.backbone, shrunken=options.shrunken)
-    paper.plan(options.folder, options.device, **own, release_dir=options.release_dir)
+    config = paper.sizes(options.backbone, options.shrunken)
+    paper.plan(config, options.folder, options.device, options.minutes, options.release_dir)
 
 
 def run_job(options):

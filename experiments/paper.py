@@ -56,8 +56,10 @@ class Released(fwpkm_cuda.FwPKM):
         return (y, None) if return_details else y
 
 
-def speed(config, device, seconds=40, words=32_000, released=None):
-    """Training steps on random tokens. -> samples_per_second, step_seconds, peak_bytes, parameters"""
+def speed(config, device, seconds=20.0, words=32_000, released=None):
+    """Training steps on random tokens, for so many seconds.
+
+    -> samples_per_second, step_seconds (median), steps, peak_bytes, slow_parameters, fast_weights"""
     device = torch.device(device)
     torch.manual_seed(0)
     model = language_model(config, words).to(device)
@@ -99,11 +101,11 @@ def speed(config, device, seconds=40, words=32_000, released=None):
     )  # fmt: skip
 
 
-def plan(folder, device="cuda", minutes=30.0, backbone="small", shrunken=False, release_dir=None, report=print):
+def plan(config, folder, device="cuda", minutes=30.0, release_dir=None, report=print):
+    """All of it, of a configuration of `sizes`."""
     folder, start = Path(folder), time.monotonic()
     left = lambda: 60 * minutes - (time.monotonic() - start)
     folder.mkdir(parents=True, exist_ok=True)
-    config = sizes(backbone, shrunken)
     file = folder / "speed.json"
     found = json.loads(file.read_text()) if file.exists() else dict(machine=machine(), samples={})
     memories = dict(configurations.PAPER_MEMORIES)
@@ -114,7 +116,7 @@ def plan(folder, device="cuda", minutes=30.0, backbone="small", shrunken=False, 
             continue
         own = config.changed(**(dict(fwpkm=()) | memories[name]))
         try:
-            result = speed(own, device, min(20, minutes), released=release_dir if name == "released" else None)
+            result = speed(own, device, 0.7 * minutes, released=release_dir if name == "released" else None)
         except torch.OutOfMemoryError as error:
             result = dict(error=str(error).splitlines()[0])
         gc.collect()

@@ -42,6 +42,7 @@ from experiments import (  # noqa: E402
     gates,
     needles,
     niah,
+    paper,
     perplexity,
     tokens,
     trace,
@@ -1547,6 +1548,26 @@ def test_a_trace_from_the_command_line(copied, capsys):
     main(["trace", str(copied), "--length", "250", "--readings", "2", "--sample", "3"])
     assert "asked for" in capsys.readouterr().out
     assert len(json.loads((copied / "trace.json").read_text())["tokens"]) == 6
+
+
+# ------------------------------------------------------------------------------------------------- the paper's sizes
+def test_the_plan_for_a_gpu_runs_shrunken_and_goes_on_where_it_was_stopped(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(paper, "speed", functools.partial(paper.speed, words=300))
+    config = paper.sizes("small", shrunken=True).changed(corpora=(corpus,), vocabulary=300, layers=4, fwpkm=(1, 2))
+    config = config.changed(length=128, needles=2, steps=2)
+    layers = dict(none={}, fwpkm=dict(fwpkm=(1, 2)), both=dict(pkm=(1,), fwpkm=(2,)))
+    monkeypatch.setattr(configurations, "PAPER_MEMORIES", layers)
+    asked = []
+    monkeypatch.setattr(niah, "evaluate", lambda run, file, report, **options: asked.append(options) or {})
+    paper.plan(config, tmp_path, "cpu", minutes=1, **QUIET)
+    measured = json.loads((tmp_path / "speed.json").read_text())["samples"]
+    assert measured.keys() == layers.keys() and all(m["samples_per_second"] > 0 for m in measured.values())
+    assert measured["fwpkm"]["fast_weights"] == 2 * (16**2 * 32 + 2 * 16 * 16) and measured["none"]["fast_weights"] == 0
+    assert json.loads((tmp_path / "run/run.json").read_text())["steps"] == 2
+    assert [options["length"] for options in asked] == [128, 512, 2048]
+    monkeypatch.setattr(paper, "speed", None)
+    monkeypatch.setattr(training, "Run", None)
+    paper.plan(config, tmp_path, "cpu", minutes=1, **QUIET)
 
 
 # ------------------------------------------------------------------------------------------------------------ learning
