@@ -116,13 +116,16 @@ def comparison(runs, names):
 
 
 def perplexity_table(runs):
-    rows = []
+    rows, corpora = [], list(configurations.TESTS)
     for name in configurations.TEXT:
         row = [configurations.LABELS.get(name, name)]
-        for corpus in configurations.TESTS:
+        for corpus in corpora:
             for way in ("live", "frozen"):
                 row.append(spread(figures(runs, name, f"{corpus}, {way}", "perplexity"), "{:.2f}"))
         rows.append(row)
+    for question, label in (("forgotten", "before each document forgotten"), ("from empty", "empty at first")):
+        shown = spread(figures(runs, "text-fwpkm", f"{corpora[0]}, {question}", "perplexity"), "{:.2f}")
+        rows.append([f"FwPKM, {label}", shown] + [""] * (2 * len(corpora) - 1))
     heading = [label + way for label in configurations.TESTS.values() for way in ("", ", frozen")]
     return table(["configuration", *heading], rows)
 
@@ -215,7 +218,7 @@ def write(folder, page=HERE / "README.md"):
     seeds = sorted({seed for own in runs.values() for seed in own})
     parts = {
         "facts": f"{facts['processor']}, a core for each run; torch {facts['torch']}, commit {facts['commit']}, "
-        f"{facts['date']}; seeds {', '.join(seeds)}; {seconds / 60:.0f} core-minutes of training.",
+        f"{facts['date']}; seeds {', '.join(seeds)}; {seconds / 60:.0f} core-minutes of training. " - ": not run yet.",
         "needles": needle_table(runs),
         "once": once_table(runs),
         "baselines": comparison(runs, configurations.NEEDLES),
