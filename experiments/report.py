@@ -1,6 +1,6 @@
 """experiments/README.md, its tables and pictures, of the runs of tiny.py: `python -m experiments report FOLDER`.
 
-What the tables say is also in experiments/results.json, {configuration: {seed: {question: result}}}.
+What the tables say is also in results.json beside the page, {configuration: {seed: {question: result}}}.
 """
 
 import json
@@ -16,7 +16,6 @@ from experiments import configurations, gates, trace
 from experiments.tiny import ONCE, once
 
 HERE = Path(__file__).parent
-PICTURES = HERE / "pictures"
 READINGS = ("1", "2", "3", "4")
 
 
@@ -205,20 +204,20 @@ def perplexity_picture(runs, path):
 # ----------------------------------------------------------------------------------------------------------- the page
 def write(folder, page=HERE / "README.md"):
     """Renews what stands between the marks of the page, the pictures, and results.json. -> what it wrote"""
-    runs = collect(folder)
-    (HERE / "results.json").write_text(json.dumps(runs, indent=1) + "\n")
-    PICTURES.mkdir(exist_ok=True)
-    recall_picture(runs, PICTURES / "recall.png")
-    perplexity_picture(runs, PICTURES / "perplexity.png")
+    runs, pictures = collect(folder), page.parent / "pictures"
+    (page.parent / "results.json").write_text(json.dumps(runs, indent=1) + "\n")
+    pictures.mkdir(exist_ok=True)
+    recall_picture(runs, pictures / "recall.png")
+    perplexity_picture(runs, pictures / "perplexity.png")
     for name, draw in (("gates", gates.picture), ("trace", trace.picture)):
         saved = Path(folder) / "seed-0" / "main" / f"{name}.json"
-        draw(json.loads(saved.read_text()), PICTURES / f"{name}.png")
+        draw(json.loads(saved.read_text()), pictures / f"{name}.png")
     facts = runs["main"]["0"]["facts"]
     seconds = sum(own["facts"]["seconds"] for seeds in runs.values() for own in seeds.values())
     seeds = sorted({seed for own in runs.values() for seed in own})
     parts = {
         "facts": f"{facts['processor']}, a core for each run; torch {facts['torch']}, commit {facts['commit']}, "
-        f"{facts['date']}; seeds {', '.join(seeds)}; {seconds / 60:.0f} core-minutes of training. " - ": not run yet.",
+        f"{facts['date']}; seeds {', '.join(seeds)}; {seconds / 60:.0f} core-minutes of training. A dash: not run yet.",
         "needles": needle_table(runs),
         "once": once_table(runs),
         "baselines": comparison(runs, configurations.NEEDLES),

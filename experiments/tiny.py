@@ -17,6 +17,9 @@ from experiments.needles import haystack
 from experiments.training import Trained, documents, train
 
 
+ROOT = Path(__file__).resolve().parents[1]
+
+
 def say(text):
     print(text, flush=True)
 
@@ -120,8 +123,8 @@ def everything(folder, names=None, seeds=1, jobs=None, device="cpu", report=say)
             own = folder / f"seed-{seed}" / name
             own.parent.mkdir(parents=True, exist_ok=True)
             with (own.parent / f"{name}.log").open("w") as log:
-                command = [sys.executable, "-m", "experiments", "--device", device, "job", name, own]
-                running[seed, name] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+                command = [sys.executable, "-m", "experiments", "--device", device, "job", name, own.resolve()]
+                running[seed, name] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT)
         time.sleep(1)
         for (seed, name), process in [*running.items()]:
             if process.poll() is not None:

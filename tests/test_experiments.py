@@ -44,6 +44,8 @@ from experiments import (  # noqa: E402
     niah,
     paper,
     perplexity,
+    report,
+    tiny,
     tokens,
     trace,
     training,
@@ -1548,6 +1550,55 @@ def test_a_trace_from_the_command_line(copied, capsys):
     main(["trace", str(copied), "--length", "250", "--readings", "2", "--sample", "3"])
     assert "asked for" in capsys.readouterr().out
     assert len(json.loads((copied / "trace.json").read_text())["tokens"]) == 6
+
+
+# -------------------------------------------------------------------------------------------------- tiny and its page
+def test_the_page_has_the_figures_of_all_finished_runs(run, config, tmp_path):
+    for seed, exact in ((0, 0.5), (1, 0.75)):
+        folder = tmp_path / f"seed-{seed}" / "main"
+        shutil.copytree(run.folder, folder)
+        share = dict(exact=exact, outside=None, candidate=1.0)
+        results = {"1,000 tokens": {str(n): share for n in range(1, 5)}}
+        results |= {"anarchism, live": dict(perplexity=20.0 + seed, curve=[[0, 3.0, 10]], first_documents=[[3.0]])}
+        (folder / "results.json").write_text(json.dumps(results))
+        gates.evaluate(run, folder / "gates.json", run.held_out, most=100, shown=20, **QUIET)
+        trace.evaluate(run, folder / "trace.json", question_of(run)[0], **QUIET)
+    page = tmp_path / "page" / "README.md"
+    page.parent.mkdir()
+    page.write_text((ROOT / "experiments/README.md").read_text())
+    report.write(tmp_path, page)
+    first = page.read_text()
+    assert "| 1,000 | 100 | 62 (50 to 75) | 62 (50 to 75) |" in first and "seeds 0, 1;" in first
+    assert (
+        json.loads((page.parent / "results.json").read_text())["main"]["1"]["results"]["1,000 tokens"]["4"]["exact"]
+        == 0.75
+    )
+    drawn = {path.name for path in (page.parent / "pictures").iterdir()}
+    assert drawn == set(re.findall(r"pictures/(\w+\.png)", first))
+    report.write(tmp_path, page)
+    assert page.read_text() == first
+    page.write_text("no places")
+    with pytest.raises(ValueError, match="expected a place for facts"):
+        report.write(tmp_path, page)
+
+
+def test_a_job_asks_what_was_not_asked_yet(config, tmp_path, monkeypatch):
+    asked = []
+    questions = {"a": lambda run: asked.append("a") or 1, "b": lambda run: asked.append("b") or 2}
+    monkeypatch.setattr(configurations, "ALL", dict(own=config.changed(steps=1)))
+    monkeypatch.setattr(tiny, "QUESTIONS", dict(own=questions))
+    folder = tmp_path / "seed-3" / "own"
+    assert tiny.job("own", folder, **QUIET) == dict(a=1, b=2) and Config.load(folder / "config.json").seed == 3
+    (folder / "results.json").write_text(json.dumps(dict(a=5)))
+    assert tiny.job("own", folder, **QUIET) == dict(a=5, b=2) and asked == ["a", "b", "b"]
+
+
+def test_everything_says_what_failed(tmp_path):
+    lines = []
+    assert tiny.everything(tmp_path, ["no such configuration"], jobs=1, report=lines.append) == [
+        (0, "no such configuration")
+    ]
+    assert "FAILED" in lines[0] and "KeyError" in (tmp_path / "seed-0/no such configuration.log").read_text()
 
 
 # ------------------------------------------------------------------------------------------------- the paper's sizes
