@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from experiments import configurations, continual, gates, niah, paper, perplexity, report, tiny, trace
+from experiments import configurations, continual, gates, niah, paper, perplexity, tiny, trace
 from experiments.config import Config
 from experiments.needles import haystack
 from experiments.tokens import file_name
@@ -89,7 +89,14 @@ def main(arguments=None):
 
 
 def settings(items):
-    return {name: json.loads(value) for name, value in (item.split("=", 1) for item in items)}
+    """{name: value} of NAME=JSON; what is no JSON is a text."""
+    found = {}
+    for name, value in (item.split("=", 1) for item in items):
+        try:
+            found[name] = json.loads(value)
+        except json.JSONDecodeError:
+            found[name] = value
+    return found
 
 
 def chunk_size(text):
@@ -161,6 +168,8 @@ def run_tiny(options):
 
 
 def run_report(options):
+    from experiments import report  # needs matplotlib
+
     report.write(options.folder)
 
 

@@ -25,10 +25,11 @@ def evaluate(run, file, names=("anarchism", "austen", "bible"), adapt=50_000, te
         return saved
     parts = {}
     for name in names:
-        held_out = corpora.split(tokens.encoded(name, run.vocabulary))[1]
+        training, held_out = corpora.split(tokens.encoded(name, run.vocabulary))
+        held_out = held_out or training  # a corpus of one document
         if len(held_out) > 1:
             reading, testing = corpora.split(held_out)
-        else:  # one document: its first half and its second half
+        else:  # its first half and its second half
             half = len(held_out[0]) // 2
             reading, testing = [held_out[0][:half]], [held_out[0][half:]]
         parts[name] = cut(reading, adapt), cut(testing, test)

@@ -14,9 +14,8 @@ from experiments.training import cut
 
 
 def evaluate(run, file, documents, most=20_000, start="trained", shown=400, report=print):
-    """-> {name of a memory: gate, histogram, usage, random_usage (of so many reads), tokens, gates of the first tokens}
-
-    Also in `file`, and as a picture beside it."""
+    """-> {settings, text: the first tokens, memories: {name: gate, histogram, gates of the first tokens, usage, and
+    random_usage of as many reads}}, also in `file`. See `picture`."""
     file = Path(file)
     settings = run.settings(most=most, start=start, shown=shown)
     if file.exists() and (saved := json.loads(file.read_text()))["settings"] == settings:

@@ -86,8 +86,9 @@ def _begins_word(vocabulary):
 class Rows:
     """Batches of text, some of its rows with statements that come back, some with a passage that is said twice.
 
-    Row b reads the corpus from a place of its own on, without a gap; so a memory that is kept from step to step reads
-    on. A batch depends on (seed, rank, step) alone: a run that is resumed sees what it would have seen."""
+    Row b reads the corpus from a place of its own on (a row with needles, or said twice, drops what does not fit); so a
+    memory that is kept from step to step reads on. A batch depends on (seed, rank, step) alone: a run that is resumed
+    sees what it would have seen."""
 
     def __init__(self, documents, vocabulary, config, rank=0, processes=1):
         rng = random.Random(f"order {config.seed}")

@@ -63,7 +63,7 @@ def evaluate(run, file, documents, report=print, most=100_000, start="trained", 
 
     start             the memories before the first document: "empty" or "trained"
     curve             [(first token, mean loss, tokens)] over the position in a document, in parts that grow with it
-    first_documents   of the first ten, the mean loss of every 128 tokens"""
+    first_documents   of the first ten, the mean losses of equal parts of 128 tokens or a little more"""
     file = Path(file)
     settings = run.settings(**options, most=most, start=start)
     if file.exists() and (saved := json.loads(file.read_text()))["settings"] == settings:

@@ -16,7 +16,6 @@ from experiments import configurations, continual, gates, niah, perplexity, trac
 from experiments.needles import haystack
 from experiments.training import Trained, documents, train
 
-
 ROOT = Path(__file__).resolve().parents[1]
 
 

@@ -13,6 +13,9 @@ from pathlib import Path
 
 import torch
 
+import fwpkm_cuda
+from experiments.training import fast_layers
+
 CONTEXT = 10  # tokens shown before and after a writer
 
 
@@ -61,8 +64,10 @@ def trace(run, hay, readings=2):
 
     -> {answer, value, tokens: [{token, right, consensus, memories: {name: [slot, share, hit, writers]}}]}"""
     model, vocabulary, memories = run.model, run.vocabulary, run.memories("empty")
-    layers = {m.name: m for m in model.modules() if getattr(m, "name", None) in memories}
-    (lookahead,) = {layer.options["lookahead"] for layer in layers.values()}
+    layers = [layer for layer in fast_layers(model).values() if isinstance(layer, fwpkm_cuda.FwPKM)]
+    if not layers or len(layers) < len(memories):
+        raise ValueError("trace: expected a run whose memories are those of FwPKM")
+    (lookahead,) = {layer.options["lookahead"] for layer in layers}
     writers = Writers(lookahead)
     text, question = (torch.from_numpy(x).long().to(run.device) for x in (hay.ids, hay.question))
     for n in range(readings):

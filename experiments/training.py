@@ -137,8 +137,8 @@ class Run:
             torch.save(state | dict(figures=self.figures), new / "training.pt")
         barrier()
         if self.rank == 0:
-            shutil.rmtree(old, ignore_errors=True)
-            if self.checkpoint.exists():
+            if self.checkpoint.exists():  # else the old one is the only one
+                shutil.rmtree(old, ignore_errors=True)
                 self.checkpoint.rename(old)
             new.rename(self.checkpoint)
             shutil.rmtree(old, ignore_errors=True)
@@ -215,10 +215,11 @@ class Run:
         done = log.read_text().splitlines() if log.exists() else []
         kept = [line for line in done if json.loads(line)["step"] <= self.step]  # none from after the checkpoint
         before = json.loads(kept[-1])["seconds"] if kept else 0.0
+        barrier()
         if self.rank == 0:
             log.write_text("".join(line + "\n" for line in kept))
         start = time.monotonic()
-        while self.step < config.steps and (seconds is None or time.monotonic() - start < seconds):
+        while self.step < config.steps and not time_is_up(start, seconds):
             self.figures.append(self.train_step())
             if self.step % config.log_every == 0 or self.step == config.steps:
                 line = dict(step=self.step, seconds=round(before + time.monotonic() - start, 1)) | mean(self.figures)
@@ -232,6 +233,16 @@ class Run:
         if self.step < config.steps:
             self.save_checkpoint()
         self.save(before + time.monotonic() - start)
+
+
+def time_is_up(start, seconds):
+    """By the clock of the first process, for all of them."""
+    if seconds is None:
+        return False
+    answer = [time.monotonic() - start >= seconds]
+    if dist.is_initialized():
+        dist.broadcast_object_list(answer)
+    return answer[0]
 
 
 def barrier():
@@ -300,7 +311,9 @@ def train(config, folder, device="cpu", report=print, seconds=None):
         raise ValueError(f"{folder}: a run with another configuration is there: {settings}")
     facts = folder / "run.json"
     if not facts.exists() or json.loads(facts.read_text())["steps"] < config.steps:
-        config.save(settings)
+        barrier()
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            config.save(settings)
         Run(config, folder, device).train(report, seconds)
 
 

@@ -28,7 +28,7 @@ def pytest_configure(config):  # here, not in pyproject.toml: the tests also run
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if "full" in item.keywords and "gpu" not in item.keywords and not FULL:  # long on the CPU, not on a GPU
+        if item.get_closest_marker("full") and "gpu" not in item.keywords and not FULL:  # long on the CPU, not on a GPU
             item.add_marker(pytest.mark.skip(reason="long version: FWPKM_TEST_FULL=1, or make test-full"))
 
 
