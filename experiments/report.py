@@ -184,7 +184,8 @@ def perplexity_picture(runs, path):
                 axis.plot(places, losses, "--" if way == "frozen" else "-", marker=".", label=label)
     axis.set(xlabel="position in the document (tokens)", ylabel="loss (nats per token)", xscale="log")
     axis.set_title(f"held-out documents of {corpus}")
-    axis.legend(fontsize=8)
+    if axis.lines:
+        axis.legend(fontsize=8)
     with_memory, without = (
         figures(runs, name, f"{corpus}, live", "first_documents") for name in ("text-fwpkm", "text-none")
     )
