@@ -56,9 +56,6 @@ class Config:
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float = 1.0
-    memory_lr: float = (
-        0.0  # step size of the FwPKM memories at the end: it falls from theirs in the second half; 0: stays
-    )
     forget: float = 0.25  # share of the steps that begin with empty values
     restricted: float = 0.0  # share of the steps in which full attention sees `window` tokens (pSWA)
     precision: str = "float32"  # "bfloat16": autocast; memories stay float32

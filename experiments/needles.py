@@ -37,6 +37,7 @@ class Haystack(NamedTuple):
     values: list[str]  # of the needles, the one that is asked for first
     keys: list[str]
     places: list[int]  # of the needles' first tokens, in the same order
+    ends: list[int]  # of the tokens behind them
 
 
 def haystack(documents, vocabulary, length, rng, needles=5, answerable=True):
@@ -73,7 +74,8 @@ def haystack(documents, vocabulary, length, rng, needles=5, answerable=True):
     pieces.append(text[at:])
     asked = keys[0] if answerable else keys[needles]
     question = vocabulary.encode(before.replace("KEY", asked))
-    return Haystack(np.concatenate(pieces), question, values, keys[:needles], places)
+    ends = [place + len(ids) for place, ids in zip(places, statements)]
+    return Haystack(np.concatenate(pieces), question, values, keys[:needles], places, ends)
 
 
 @cache

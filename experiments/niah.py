@@ -92,7 +92,7 @@ def samples(
         rng = random.Random(f"{seed} {length} {sample}")
         hay = haystack(documents, run.vocabulary, length, rng, needles, answerable=not control)
         text, question = (torch.from_numpy(x).long().to(device) for x in (hay.ids, hay.question))
-        back = len(hay.ids) + len(hay.question) - hay.places[0]
+        back = len(hay.ids) + len(hay.question) - hay.ends[0]  # from the question's last token to the needle's
         about = dict(sample=sample, value=hay.values[0], tokens_back=back, inside=seen is None or back <= seen)
         for n in range(1, most + 1) if kept else [most]:
             memories = kept[n] if kept else run.memories(between, seed=sample)

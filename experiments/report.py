@@ -61,6 +61,22 @@ def table(heading, rows):
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
+def facts_of(runs):
+    """Where, when and of which commits the figures are."""
+    every = [(name, seed, own["facts"]) for name, seeds in runs.items() for seed, own in seeds.items()]
+    of = lambda key: ", ".join(sorted({str(facts[key]) for _, _, facts in every}))
+    commits = {}
+    for name, _, facts in every:
+        commits.setdefault(facts["commit"], {})[name] = None
+    trained = "; ".join(f"{commit} ({', '.join(names)})" for commit, names in commits.items())
+    minutes = sum(facts["seconds"] for _, _, facts in every) / 60
+    seeds = ", ".join(sorted({seed for _, seed, _ in every}))
+    return (
+        f"`python -m experiments tiny`, {of('processor')}, a core for each run; torch {of('torch')}; {of('date')}; "
+        f"seeds {seeds}; {minutes:.0f} core-minutes of training. Commits: {trained}. A dash: not run yet."
+    )
+
+
 # ------------------------------------------------------------------------------------------------------------- tables
 def needle_table(runs):
     """The main configuration: lengths, and readings."""
@@ -213,12 +229,8 @@ def write(folder, page=HERE / "README.md"):
     for name, draw in (("gates", gates.picture), ("trace", trace.picture)):
         saved = Path(folder) / "seed-0" / "main" / f"{name}.json"
         draw(json.loads(saved.read_text()), pictures / f"{name}.png")
-    facts = runs["main"]["0"]["facts"]
-    seconds = sum(own["facts"]["seconds"] for seeds in runs.values() for own in seeds.values())
-    seeds = sorted({seed for own in runs.values() for seed in own})
     parts = {
-        "facts": f"{facts['processor']}, a core for each run; torch {facts['torch']}, commit {facts['commit']}, "
-        f"{facts['date']}; seeds {', '.join(seeds)}; {seconds / 60:.0f} core-minutes of training. A dash: not run yet.",
+        "facts": facts_of(runs),
         "needles": needle_table(runs),
         "once": once_table(runs),
         "baselines": comparison(runs, configurations.NEEDLES),

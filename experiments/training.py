@@ -79,14 +79,6 @@ def learning_rate(config, step):
     return min(1, (step + 1) / max(config.warm_up, 1)) * wave
 
 
-def memory_step_size(config, step):
-    """Of FwPKM memories. Large steps are learned with sooner, small ones leave more of what was written before."""
-    first = config.fwpkm_options.get("lr", 1.0)
-    if not config.memory_lr:
-        return first
-    return first * (config.memory_lr / first) ** max(2 * step / max(config.steps, 1) - 1, 0)
-
-
 def drawn(config, what, step, share):
     """Whether a share of the steps has something: the same on every process, and after a resume."""
     return random.Random(f"{what} {config.seed} {step}").random() < share
@@ -168,9 +160,6 @@ class Run:
         rate = learning_rate(config, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        for layer in fast_layers(self.model).values():
-            if isinstance(layer, fwpkm_cuda.FwPKM):
-                layer.options["lr"] = memory_step_size(config, self.step)
         if drawn(config, "forget", self.step, config.forget):
             self.memories.forget()
         self.optimizer.zero_grad()
@@ -324,9 +313,7 @@ class Trained:
 
     def __init__(self, folder, device="cpu", fwpkm_options=None):
         self.folder, self.device = Path(folder), torch.device(device)
-        config = Config.load(self.folder / "config.json")
-        own = dict(lr=config.memory_lr) if config.memory_lr else {}
-        self.config = config.changed(fwpkm_options=own | (fwpkm_options or {}))
+        self.config = Config.load(self.folder / "config.json").changed(fwpkm_options=fwpkm_options or {})
         self.facts = json.loads((self.folder / "run.json").read_text())
         self.vocabulary = vocabulary_of(self.config)
         self.documents = documents(self.config.corpora, self.vocabulary)
